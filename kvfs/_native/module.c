@@ -1,0 +1,44 @@
+/* The module table of kvfs._native._core. What each function promises stands in _core.pyi. */
+#include "native.h"
+
+#define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
+
+static PyMethodDef methods[] = {
+    {"xxh3_64", py_xxh3_64, METH_O, "xxh3_64($module, data, /)\n--\n\nXXH3-64 of a buffer."},
+    {"sums", KEYWORDS(py_sums), "sums($module, data, bounds)\n--\n\nXXH3-64 of adjacent pieces."},
+    {"populate", py_populate, METH_O, "populate($module, data, /)\n--\n\nFault in the pages of a map."},
+    {"load", KEYWORDS(py_load),
+     "load($module, fd, ops, tables, first, last, position, sums, token)\n--\n\nA part file's rows into paged KV."},
+    {"scatter", KEYWORDS(py_scatter),
+     "scatter($module, src, ops, tables, first, last, position, token)\n--\n\nA buffer's rows into paged KV."},
+    {"gather", KEYWORDS(py_gather),
+     "gather($module, ops, tables, first, last, position, out)\n--\n\nPaged KV's rows into a buffer."},
+    {"isa", py_isa, METH_NOARGS, "isa($module, /)\n--\n\nThe instruction set in use."},
+    {"use_isa", py_use_isa, METH_O, "use_isa($module, name, /)\n--\n\nUse another of ISAS."},
+    {0},
+};
+
+static int exec_module(PyObject *module)
+{
+    if (isa_init(module) < 0)
+        return -1;
+    return PyModule_AddType(module, &TokenType);
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, exec_module},
+    {0, NULL},
+};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "kvfs._native._core",
+    .m_doc = "Checksums and copies at memory speed.",
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC PyInit__core(void)
+{
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,400 @@
+"""The tree on disk: namespaces, part files, publishing without replacing, quarantine.  Works with no daemon.
+
+Nothing is renamed over, truncated or edited in place: a part is written to a unique temp file of its
+namespace and linked to its final name, where an existing name is success.  Every open goes by folder
+descriptors with O_NOFOLLOW, so nothing planted in the tree leads outside it.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+from kvfs.errors import (
+    ChunkCorrupt,
+    ChunkNotFound,
+    IdentityError,
+    KvfsError,
+    NamespaceNotFound,
+    NotAStore,
+    StoreBusy,
+    StoreReadOnly,
+)
+from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, from_os_error, make_dir, read_small, write_new
+from kvfs.identity import Manifest, PartId, canonical_json
+from kvfs.names import is_leaf, is_ns, is_temp, parse_part_name, part_name, part_path
+
+__all__ = ["Found", "Store", "Temp"]
+
+MARKER = "kvfs-store.json"
+FORMAT = "kvfs-store/1"
+MANIFEST = "manifest.json"
+TEMPS = "tmp"
+TEMP_GRACE = 60.0
+"""Seconds after which a temp file nobody wrote to belongs to a dead writer."""
+FILE_MODE = 0o440
+
+
+class Temp(NamedTuple):
+    """A file being written: a descriptor open for reading and writing, and its name in ``<ns>/tmp``."""
+
+    fd: int
+    name: str
+
+
+class Found(NamedTuple):
+    """A part met by `Store.scan`."""
+
+    key: bytes
+    part: PartId
+    entry: "os.DirEntry[str]"
+
+
+class Store:
+    """A folder that holds namespaces.  ``durability`` is ``relaxed`` (no fsync) or ``full``."""
+
+    def __init__(self, path: Path, root_fd: int, durability: str) -> None:
+        self.path, self.durability = path, durability
+        self._root = root_fd
+        self._dirs: dict[bytes, int] = {}
+        self._manifests: dict[bytes, Manifest] = {}
+        self._lock_fd = -1
+
+    # --- opening ---
+
+    @classmethod
+    def init(cls, path: str | os.PathLike[str], durability: str = "relaxed") -> Self:
+        """Make a store in an empty or absent folder, or open the store that is there."""
+        p = Path(path)
+        try:
+            p.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
+            if not (p / MARKER).exists():
+                if any(p.iterdir()):
+                    raise StoreReadOnly(p, "the folder is not empty and not a store; name an empty one")
+                for sub in ("lost+found", ".kvfs"):
+                    (p / sub).mkdir(mode=DIR_MODE, exist_ok=True)
+                fd = os.open(p, OPEN_DIR)
+                try:
+                    write_new(fd, MARKER, canonical_json({"format": FORMAT, "id": secrets.token_hex(16)}) + b"\n")
+                finally:
+                    os.close(fd)
+        except OSError as e:
+            raise from_os_error(e, p) from e
+        return cls.open(p, durability)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], durability: str = "relaxed") -> Self:
+        """Open an existing store; NotAStore if there is none."""
+        p = Path(path)
+        try:
+            fd = os.open(p, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                marker = json.loads(read_small(fd, MARKER))
+                if marker["format"] != FORMAT:
+                    raise IdentityError(f"{p} has format {marker['format']}, this version reads {FORMAT}")
+            except BaseException:
+                os.close(fd)
+                raise
+        except (FileNotFoundError, NotADirectoryError):
+            raise NotAStore(p, p) from None
+        except (ValueError, KeyError, TypeError) as e:
+            if isinstance(e, KvfsError):
+                raise
+            raise IdentityError(f"{p / MARKER} is damaged ({e}); put back its line from a backup") from None
+        except OSError as e:
+            raise from_os_error(e, p) from e
+        return cls(p, fd, durability)
+
+    def close(self) -> None:
+        for fd in (*self._dirs.values(), self._root, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._dirs.clear()
+        self._root = self._lock_fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def derived(self) -> Path:
+        """The folder of derived, disposable files (index snapshot, lock)."""
+        return self.path / ".kvfs"
+
+    def lock_daemon(self, owner: str) -> None:
+        """Become the one daemon of this store on this host until `close`; StoreBusy names the other."""
+        name = f"daemon.{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}.lock"
+        make_dir(".kvfs", self._root)
+        fd = os.open(self.derived / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise StoreBusy(self.path, holder or "another daemon") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, owner.encode(), 0)
+        self._lock_fd = fd
+
+    # --- namespaces ---
+
+    def namespaces(self) -> list[bytes]:
+        """Digests of all namespaces with a readable manifest, in order."""
+        out = []
+        with os.scandir(self._root) as it:
+            names = sorted(e.name for e in it if is_ns(e.name))
+        for name in names:
+            with contextlib.suppress(NamespaceNotFound):
+                self.manifest(bytes.fromhex(name))
+                out.append(bytes.fromhex(name))
+        return out
+
+    def manifest(self, ns: bytes) -> Manifest:
+        """The manifest of a namespace; NamespaceNotFound, or IdentityError if its digest is not its name."""
+        if ns not in self._manifests:
+            m = Manifest.from_json(self._manifest_file(ns)["identity"])
+            if m.ns != ns:
+                raise IdentityError(f"the manifest in {ns.hex()[:12]} is that of {m.ns_hex[:12]}; `kvfs retire` it")
+            self._manifests[ns] = m
+        return self._manifests[ns]
+
+    def info(self, ns: bytes) -> dict[str, Any]:
+        """What people call the namespace (``name``, ``revision``, ...); not part of its identity."""
+        return dict(self._manifest_file(ns).get("info") or {})
+
+    def _manifest_file(self, ns: bytes) -> dict[str, Any]:
+        try:
+            d = json.loads(read_small(self._ns_dir(ns), MANIFEST))
+        except FileNotFoundError:
+            raise NamespaceNotFound(ns.hex()[:12]) from None
+        except ValueError:
+            d = None
+        if not isinstance(d, dict) or not isinstance(d.get("identity"), dict):
+            raise IdentityError(f"{ns.hex()[:12]}/{MANIFEST} is damaged; `kvfs retire` the namespace")
+        return d
+
+    def register(self, manifest: Manifest, info: Mapping[str, Any] | None = None) -> bytes:
+        """Make the namespace of a manifest, or find it.  The first to register writes ``info``."""
+        ns = manifest.ns
+        try:
+            with contextlib.suppress(NamespaceNotFound):
+                if self.manifest(ns) == manifest:
+                    return ns
+            for sub in (manifest.ns_hex, f"{manifest.ns_hex}/{TEMPS}"):
+                make_dir(sub, self._root)
+            body = {"identity": manifest.to_json(), "info": dict(info or {})}
+            write_new(self._ns_dir(ns), MANIFEST, json.dumps(body, indent=1, sort_keys=True).encode(), TEMPS)
+        except OSError as e:
+            raise from_os_error(e, self.path / manifest.ns_hex[:12]) from e
+        self._manifests[ns] = manifest
+        return ns
+
+    def retire(self, ns: bytes) -> None:
+        """Remove a namespace with all its chunks: it is gone at once, its bytes are freed before this returns."""
+        self._ns_dir(ns)
+        trash = f".kvfs/retired-{ns.hex()[:12]}-{secrets.token_hex(8)}"
+        try:
+            os.rename(ns.hex(), trash, src_dir_fd=self._root, dst_dir_fd=self._root)
+        except FileNotFoundError:
+            raise NamespaceNotFound(ns.hex()[:12]) from None
+        self._manifests.pop(ns, None)
+        fd = self._dirs.pop(ns, -1)
+        if fd >= 0:
+            os.close(fd)
+        shutil.rmtree(self.path / trash, ignore_errors=True)
+
+    def _ns_dir(self, ns: bytes) -> int:
+        fd = self._dirs.get(ns)
+        if fd is None:
+            try:
+                fd = os.open(ns.hex(), OPEN_DIR, dir_fd=self._root)
+            except (FileNotFoundError, NotADirectoryError):
+                raise NamespaceNotFound(ns.hex()[:12]) from None
+            except OSError as e:
+                raise from_os_error(e, self.path / ns.hex()) from e
+            fd = self._dirs.setdefault(ns, fd)
+        return fd
+
+    # --- parts ---
+
+    def open_part(self, ns: bytes, key: bytes, part: PartId) -> int:
+        """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file."""
+        name = part_name(key, part)
+        try:
+            leaf = os.open(name[:3], OPEN_DIR, dir_fd=self._ns_dir(ns))
+            try:
+                fd = os.open(name, OPEN_FILE, dir_fd=leaf)
+            finally:
+                os.close(leaf)
+        except FileNotFoundError:
+            raise ChunkNotFound(f"{key.hex()}.{part}") from None
+        except OSError as e:
+            if e.errno == errno.ESTALE:
+                raise ChunkNotFound(f"{key.hex()}.{part}") from None
+            raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", e.strerror) from None
+        st = os.fstat(fd)
+        if st.st_nlink > 1:
+            self._finish_publish(ns, st.st_ino)
+            st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
+            os.close(fd)
+            raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", f"{st.st_nlink} names, {stat.filemode(st.st_mode)}")
+        return fd
+
+    def _temps(self, ns: bytes) -> Iterator[tuple[str, os.stat_result]]:
+        """Every temp file of a namespace with its status."""
+        fd = os.open(TEMPS, OPEN_DIR, dir_fd=self._ns_dir(ns))
+        try:
+            for name in filter(is_temp, os.listdir(fd)):
+                with contextlib.suppress(FileNotFoundError):
+                    yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
+        finally:
+            os.close(fd)
+
+    def _finish_publish(self, ns: bytes, ino: int) -> None:
+        """Drop the temp name of a part whose publisher is between its link and its unlink, or died there."""
+        for name, st in self._temps(ns):
+            if st.st_ino == ino:
+                self.discard(ns, name)
+
+    def masks(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
+        """Presence mask of each chunk, by ``stat``; after the first key with no part the rest are 0, unseen."""
+        manifest, root = self.manifest(ns), self._ns_dir(ns)
+        out = [0] * len(keys)
+        for i, key in enumerate(keys):
+            for part in manifest.parts:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    os.stat(part_path(key, part), dir_fd=root, follow_symlinks=False)
+                    out[i] |= manifest.bit(part)
+            if not out[i]:
+                break
+        return out
+
+    def scan(self, ns: bytes) -> Iterator[Found]:
+        """Every part file of a namespace, by listing; foreign names are skipped."""
+        root = self._ns_dir(ns)
+        with os.scandir(root) as leaves:
+            names = [e.name for e in leaves if is_leaf(e.name)]
+        for leaf in names:
+            yield from self.scan_leaf(ns, leaf)
+
+    def scan_leaf(self, ns: bytes, leaf: str) -> Iterator[Found]:
+        """The parts of one leaf folder."""
+        try:
+            fd = os.open(leaf, OPEN_DIR, dir_fd=self._ns_dir(ns))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        try:
+            with os.scandir(fd) as it:
+                for e in it:
+                    found = parse_part_name(e.name)
+                    if found and e.name.startswith(leaf):
+                        yield Found(*found, e)
+        finally:
+            os.close(fd)
+
+    # --- writing ---
+
+    def reserve(self, ns: bytes) -> Temp:
+        """A new empty temp file.  NamespaceNotFound, StoreFull, StoreReadOnly."""
+        name = secrets.token_hex(16)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return Temp(os.open(_temp_path(name), flags, 0o600, dir_fd=self._ns_dir(ns)), name)
+        except OSError as e:
+            raise from_os_error(e, self.path / ns.hex()[:12]) from e
+
+    def open_temp(self, ns: bytes, temp: str) -> int:
+        """A fresh read-only descriptor of a temp file, for checking it before `publish`."""
+        try:
+            return os.open(_temp_path(temp), OPEN_FILE, dir_fd=self._ns_dir(ns))
+        except FileNotFoundError:
+            raise ChunkNotFound(f"temp {temp}") from None
+
+    def publish(self, ns: bytes, temp: str, key: bytes, part: PartId) -> bool:
+        """Give a written and checked temp file its final name; the temp name is gone afterwards.
+
+        True if it is new, False if the part was there already (which is success: its bytes are as good).
+        With ``full`` durability the data and the folder are on disk before this returns; if an fsync fails
+        nothing is published, as the kernel has dropped the pages.
+        """
+        root, name, written = self._ns_dir(ns), part_name(key, part), _temp_path(temp)
+        self.manifest(ns).bit(part)
+        leaf = -1
+        try:
+            fd = self.open_temp(ns, temp)
+            try:
+                os.fchmod(fd, FILE_MODE)
+                if self.durability == "full":
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+            make_dir(name[:3], root)
+            leaf = os.open(name[:3], OPEN_DIR, dir_fd=root)
+            created = True
+            try:
+                os.link(written, name, src_dir_fd=root, dst_dir_fd=leaf, follow_symlinks=False)
+            except FileExistsError:
+                created = False
+            if self.durability == "full":
+                os.fsync(leaf)
+        except OSError as e:
+            if isinstance(e, KvfsError):
+                raise
+            raise from_os_error(e, self.path / ns.hex()[:12]) from e
+        finally:
+            if leaf >= 0:
+                os.close(leaf)
+            self.discard(ns, temp)
+        return created
+
+    def discard(self, ns: bytes, temp: str) -> None:
+        """Remove a temp file; it may be gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(_temp_path(temp), dir_fd=self._ns_dir(ns))
+
+    def remove(self, ns: bytes, key: bytes, parts: Sequence[PartId]) -> None:
+        """Unlink parts of a chunk; open descriptors and maps of them go on working."""
+        for part in parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(part_path(key, part), dir_fd=self._ns_dir(ns))
+
+    def quarantine(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
+        """Move a part to ``lost+found/`` with its reason; False if another process already took it away."""
+        name = part_name(key, part)
+        kept = f"{ns.hex()[:12]}.{name}.{secrets.token_hex(4)}"
+        make_dir("lost+found", self._root)
+        try:
+            os.rename(f"{name[:3]}/{name}", f"lost+found/{kept}", src_dir_fd=self._ns_dir(ns), dst_dir_fd=self._root)
+        except FileNotFoundError:
+            return False
+        note = {"ns": ns.hex(), "key": key.hex(), "part": str(part), "reason": reason, "time": time.time()}
+        with contextlib.suppress(OSError):  # a full disk: the file itself is what matters
+            write_new(self._root, f"lost+found/{kept}.json", canonical_json(note))
+        return True
+
+    def reap_temps(self, ns: bytes, older_than: float = TEMP_GRACE) -> int:
+        """Remove temp files not written to for ``older_than`` seconds; returns how many."""
+        old = [name for name, st in self._temps(ns) if time.time() - st.st_mtime > older_than]
+        for name in old:
+            self.discard(ns, name)
+        return len(old)
+
+
+def _temp_path(temp: str) -> str:
+    """The path of a temp file in its namespace; ChunkNotFound for a name `Store.reserve` never gives out."""
+    if not is_temp(temp):
+        raise ChunkNotFound(f"temp {temp!r}")
+    return f"{TEMPS}/{temp}"

@@ -1,0 +1,193 @@
+"""Which parts are known to be whole, and the way of a new or a doubtful part: checked, then admitted or put away.
+
+A part is read in full once per boot and host, or at every open if so configured.  A file that has been checked is
+recognised by device, inode, size, mtime and ctime; ctime changes with anything done to it and cannot be set back.
+"""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import signal
+import struct
+import threading
+from pathlib import Path
+from typing import NamedTuple
+
+from kvfs import _native, files
+from kvfs.chunk import open_part
+from kvfs.errors import ChunkCorrupt, StoreBusy, StoreFull
+from kvfs.identity import PartId
+from kvfs.store import Store, Temp
+
+__all__ = ["Admitted", "Opened", "Verifier"]
+
+_MAGIC = b"kvfs-verified/1\n"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+MAX_REMEMBERED = 1 << 20
+"""Files remembered; the oldest go first, and are read again when next opened."""
+_NO_FILE_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class Opened(NamedTuple):
+    """A part open for reading: its descriptor, whether it is known to be whole, its size in bytes."""
+
+    fd: int
+    verified: bool
+    size: int
+
+
+class Admitted(NamedTuple):
+    """A part published: False for ``created`` if it was there already; bytes of its file; tokens it holds."""
+
+    created: bool
+    size: int
+    tokens: int
+
+
+class Verifier:
+    """The verification state of one store.  Thread-safe.  ``always``: trust nothing that was checked before."""
+
+    def __init__(self, store: Store, always: bool = False) -> None:
+        self.store = store
+        self._always = always
+        self._good: dict[int, None] = {}  # in the order of checking
+        self._lock = threading.Lock()
+
+    def is_verified(self, st: os.stat_result) -> bool:
+        """Whether this very state of the file has been read in full and found whole."""
+        return not self._always and _fingerprint(st) in self._good
+
+    def mark(self, st: os.stat_result) -> None:
+        """The file in this state has been read in full and is whole."""
+        with self._lock:
+            self._good[_fingerprint(st)] = None
+            if len(self._good) > MAX_REMEMBERED:
+                del self._good[next(iter(self._good))]
+
+    def open(self, ns: bytes, key: bytes, part: PartId) -> Opened:
+        """Open a part without reading it; raises as `Store.open_part`."""
+        fd = self.store.open_part(ns, key, part)
+        st = os.fstat(fd)
+        return Opened(fd, self.is_verified(st), st.st_size)
+
+    def check(self, ns: bytes, key: bytes, part: PartId) -> None:
+        """Read a part in full and mark it.  ChunkCorrupt says what is wrong; ChunkNotFound."""
+        with open_part(self.store.open_part(ns, key, part), self.store.manifest(ns), key, part) as file:
+            before = os.fstat(file.fd)
+            file.verify()
+            self.mark(before)
+
+    def vouch(self, ns: bytes, key: bytes, part: PartId) -> None:
+        """A reader has read the part in full and found it whole."""
+        fd = self.store.open_part(ns, key, part)
+        try:
+            self.mark(os.fstat(fd))
+        finally:
+            os.close(fd)
+
+    def condemn(self, ns: bytes, key: bytes, part: PartId) -> ChunkCorrupt | None:
+        """Check a part that somebody found damaged; if it is, move it to quarantine and return what is wrong.
+
+        ChunkNotFound if it is gone.
+        """
+        try:
+            self.check(ns, key, part)
+        except ChunkCorrupt as e:
+            self.quarantine(ns, key, part, e)
+            return e
+        return None
+
+    def quarantine(self, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt) -> None:
+        """Move a damaged part to ``lost+found``.  On a store that cannot be written it stays, unused."""
+        try:
+            self.store.quarantine(ns, key, part, error.reason)
+        except OSError as e:
+            if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise files.from_os_error(e, self.store.path) from e
+
+    # --- new parts ---
+
+    def reserve(self, ns: bytes, nbytes: int) -> Temp:
+        """A temp file for a part of ``nbytes``; StoreFull if the filesystem has no room for it."""
+        space = os.statvfs(self.store.path)
+        if space.f_bavail * space.f_frsize < nbytes:
+            raise StoreFull(f"a part of {nbytes} bytes in {self.store.path}")
+        return self.store.reserve(ns)
+
+    def admit(self, ns: bytes, temp: str, key: bytes, part: PartId) -> Admitted:
+        """Check a temp file in full and publish it; it is gone afterwards, whatever happens.
+
+        StoreBusy while anybody can still write to it, ChunkCorrupt if it does not hold that part, undamaged;
+        IdentityError, StoreFull, StoreReadOnly, ChunkNotFound (no such temp file).
+        """
+        try:
+            fd = self.store.open_temp(ns, temp)
+            try:
+                _seal(fd, f"{key.hex()}.{part}")
+                with open_part(os.dup(fd), self.store.manifest(ns), key, part) as file:
+                    before = os.fstat(fd)
+                    file.verify()
+                    tokens = file.header.meta.tokens
+                created = self.store.publish(ns, temp, key, part)
+                after = os.fstat(fd)
+                if created and after.st_mtime_ns == before.st_mtime_ns:
+                    self.mark(after)  # the link has changed its ctime
+                return Admitted(created, after.st_size, tokens)
+            finally:
+                os.close(fd)  # ends the file lease too
+        finally:
+            self.store.discard(ns, temp)
+
+    # --- across restarts ---
+
+    def save(self, path: Path) -> None:
+        """Write the state for a restart in the same boot; derived data, safe to delete at any time."""
+        with self._lock:
+            good = list(self._good)
+        body = _boot_id() + struct.pack(f"<{len(good)}Q", *good)
+        files.replace(path, _MAGIC + struct.pack("<Q", _native.xxh3_64(body)) + body)
+
+    def load(self, path: Path) -> bool:
+        """Read the state; False, and nothing is verified, unless it is whole and of this boot."""
+        try:
+            raw = path.read_bytes()
+        except OSError:
+            return False
+        head, body = raw[: len(_MAGIC) + 8], raw[len(_MAGIC) + 8 :]
+        boot = _boot_id()
+        if head != _MAGIC + struct.pack("<Q", _native.xxh3_64(body)) or not body.startswith(boot):
+            return False
+        count = (len(body) - len(boot)) // 8
+        good = struct.unpack_from(f"<{count}Q", body, len(boot))
+        with self._lock:
+            self._good = dict.fromkeys(itertools.islice(good, MAX_REMEMBERED))
+        return True
+
+
+def _boot_id() -> bytes:
+    return _BOOT_ID.read_bytes().strip()
+
+
+def _fingerprint(st: os.stat_result) -> int:
+    state = struct.pack("<QQqqq", st.st_dev, st.st_ino, st.st_size, st.st_mtime_ns, st.st_ctime_ns)
+    return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
+
+
+def _seal(fd: int, name: str) -> None:
+    """Make the file read-only, and prove that nobody holds it writable; StoreBusy if somebody does.
+
+    The proof is a read lease (``F_SETLEASE``): the kernel refuses it while a writable descriptor or map exists,
+    and makes anyone who opens the file for writing wait as long as ``fd`` is open.  Network filesystems
+    have no such leases; there the volume's writers are trusted.
+    """
+    os.fchmod(fd, 0o440)
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # of a lease being broken; ignored, where SIGIO would kill
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+    except OSError as e:
+        if e.errno == errno.EAGAIN:
+            raise StoreBusy(f"part {name}", "its writer, who has not closed or unmapped it") from None
+        if e.errno not in _NO_FILE_LEASES:
+            raise files.from_os_error(e, Path(name)) from e

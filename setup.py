@@ -1,0 +1,17 @@
+"""The native extension; everything else about the package stands in pyproject.toml."""
+
+from glob import glob
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "kvfs._native._core",
+            sources=sorted(glob("kvfs/_native/*.c")),
+            depends=sorted(glob("kvfs/_native/*.h")),
+            # No -march: one build runs everywhere, and the kernels pick their instruction set at run time.
+            extra_compile_args=["-O3", "-std=c11", "-fvisibility=hidden", "-Wall", "-Wextra"],
+        )
+    ]
+)

@@ -1,0 +1,1 @@
+"""The tests, by layer: t0 is pure logic, t6 runs whole engines."""

@@ -1,0 +1,170 @@
+"""The index: rows follow the tree, a snapshot is quick and disposable, a chunk costs little memory."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kvfs.identity import PartId
+from kvfs.index import Index
+from kvfs.names import part_path
+from kvfs.store import Store
+from tests.samples import MANIFEST, new_key, new_store, put
+
+NS, PARTS = MANIFEST.ns, MANIFEST.parts
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    with new_store(tmp_path / "store") as s:
+        yield s
+
+
+def test_reconcile_finds_what_appeared_and_what_vanished(store: Store) -> None:
+    a, b, c = (new_key() for _ in range(3))
+    put(store, a)
+    put(store, b)
+    index = Index(store)
+    assert index.reconcile() == (8, 0)
+    size = index.totals()[1]
+    assert size == sum(f.entry.stat().st_size for f in store.scan(NS) if f)
+    put(store, c, PARTS[0])
+    store.remove(NS, a, PARTS)
+    store.remove(NS, b, PARTS[:1])
+    heard: list[tuple[bytes, bool]] = []
+    assert index.reconcile(lambda _ns, key, _part, appeared: heard.append((key, appeared))) == (1, 5)
+    assert heard.count((a, False)) == 4
+    assert index.masks(NS, [a, b, c]) == [0, MANIFEST.all_parts & ~1, 1]
+    index.check_integrity()
+
+
+def test_a_snapshot_gives_back_every_row_and_its_history(store: Store) -> None:
+    keys = [new_key() for _ in range(50)]
+    for k in keys:
+        put(store, k, PARTS[0])
+    index = Index(store)
+    index.reconcile()
+    index.touch(NS, keys[:10], now=1234.5)
+    index.discard(NS, keys[20])
+    index.save()
+    again = Index(store)
+    assert again.load()
+    again.check_integrity()
+    assert [again.get(NS, k) for k in keys] == [index.get(NS, k) for k in keys]
+    row = again.get(NS, keys[0])
+    assert row is not None
+    assert (row.hits, row.last) == (1, 1234.5)
+    assert again.reconcile() == (1, 0)
+
+
+@pytest.mark.parametrize("damage", ["absent", "empty", "cut", "flipped", "garbage"])
+def test_a_damaged_snapshot_is_not_used(store: Store, damage: str) -> None:
+    put(store, new_key())
+    index = Index(store)
+    index.reconcile()
+    index.save()
+    raw = index.snapshot_path.read_bytes()
+    bad = {"empty": b"", "cut": raw[:-3], "flipped": raw[:-3] + b"?" + raw[-2:], "garbage": os.urandom(500)}
+    if damage == "absent":
+        index.snapshot_path.unlink()
+    else:
+        index.snapshot_path.write_bytes(bad[damage])
+    fresh = Index(store)
+    assert not fresh.load()
+    assert fresh.reconcile() == (4, 0)
+
+
+def test_a_retired_namespace_is_forgotten(store: Store) -> None:
+    put(store, new_key())
+    index = Index(store)
+    index.reconcile()
+    index.save()
+    store.retire(NS)
+    again = Index(store)
+    again.load()
+    again.reconcile()
+    assert again.totals() == (0, 0)
+
+
+def test_a_chunk_costs_at_most_300_bytes_of_memory(store: Store) -> None:
+    """100,000 chunks, in a process of its own: resident memory before and after."""
+    code = """
+import os, sys
+from kvfs.store import Store
+from kvfs.index import Index
+from tests.samples import MANIFEST
+rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
+index = Index(Store.open(sys.argv[1]))
+index.register(MANIFEST.ns)
+before = rss()
+for i in range(100_000):
+    index.add(MANIFEST.ns, os.urandom(32), MANIFEST.parts[0], 4096, 256)
+print((rss() - before) / 100_000)
+"""
+    r = subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, text=True, timeout=60, check=True)
+    assert float(r.stdout) <= 300
+
+
+class IndexAgainstModel(RuleBasedStateMachine):
+    """Random additions and removals, against a dictionary."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tmp = tempfile.TemporaryDirectory()
+        self.store = new_store(Path(self.tmp.name) / "s")
+        self.index = Index(self.store)
+        self.index.register(NS)
+        self.model: dict[bytes, dict[PartId, int]] = {}
+
+    @rule(k=st.integers(0, 5), part=st.sampled_from(PARTS), size=st.integers(1, 10000))
+    def add(self, k: int, part: PartId, size: int) -> None:
+        parts = self.model.setdefault(bytes([k]) * 32, {})
+        assert self.index.add(NS, bytes([k]) * 32, part, size) == (part not in parts)
+        parts.setdefault(part, size)
+
+    @rule(k=st.integers(0, 5), part=st.sampled_from([None, *PARTS]))
+    def discard(self, k: int, part: PartId | None) -> None:
+        key = bytes([k]) * 32
+        parts = self.model.get(key, {})
+        self.index.discard(NS, key, part, parts.get(part, 0) if part else 0)
+        if part is None:
+            parts.clear()
+        parts.pop(part, None)
+        if not parts:
+            self.model.pop(key, None)
+
+    @rule()
+    def restart(self) -> None:
+        self.index.save()
+        self.index = Index(self.store)
+        assert self.index.load()
+
+    @invariant()
+    def agrees(self) -> None:
+        self.index.check_integrity()
+        assert self.index.totals() == (len(self.model), sum(sum(p.values()) for p in self.model.values()))
+        for key, parts in self.model.items():
+            assert self.index.masks(NS, [key]) == [sum(MANIFEST.bit(p) for p in parts)]
+
+    def teardown(self) -> None:
+        self.store.close()
+        self.tmp.cleanup()
+
+
+TestIndexAgainstModel = IndexAgainstModel.TestCase
+TestIndexAgainstModel.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+
+
+def test_foreign_names_in_the_tree_are_skipped(store: Store) -> None:
+    key = new_key()
+    put(store, key, PARTS[0])
+    leaf = store.path / NS.hex() / part_path(key, PARTS[0])[:3]
+    for name in (".nfs0001", "x.safetensors", key.hex() + ".full.h9.safetensors", key.hex() + ".swa512.h0"):
+        (leaf / name).write_text("x")
+    assert Index(store).reconcile() == (1, 0)
