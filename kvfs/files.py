@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -9,7 +10,17 @@ from pathlib import Path
 
 from kvfs.errors import KvfsError, StoreFull, StoreReadOnly
 
-__all__ = ["DIR_MODE", "OPEN_DIR", "OPEN_FILE", "from_os_error", "make_dir", "read_small", "replace", "write_new"]
+__all__ = [
+    "DIR_MODE",
+    "OPEN_DIR",
+    "OPEN_FILE",
+    "from_os_error",
+    "lock",
+    "make_dir",
+    "read_small",
+    "replace",
+    "write_new",
+]
 
 DIR_MODE = 0o750
 SMALL = 1 << 20
@@ -31,6 +42,23 @@ def make_dir(name: str, dir_fd: int) -> None:
     """Make a folder unless it is there."""
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, DIR_MODE, dir_fd=dir_fd)
+
+
+def lock(dir_fd: int, name: str, owner: str) -> int:
+    """Hold a lock file, with ``owner`` written into it, until the descriptor returned is closed.
+
+    BlockingIOError with what its holder has written.
+    """
+    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=dir_fd)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+        os.close(fd)
+        raise BlockingIOError(holder or "another process") from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, owner.encode(), 0)
+    return fd
 
 
 def read_small(dir_fd: int, name: str) -> bytes:

@@ -30,6 +30,7 @@ __all__ = [
     "PartId",
     "canonical_json",
     "chunk_keys",
+    "config_identity",
     "diff",
     "next_key",
     "root_key",
@@ -230,6 +231,25 @@ class Manifest:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Manifest) and self.ns == other.ns
+
+
+_NOT_IDENTITY = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+
+
+def config_identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's text config (``to_dict()`` of transformers' class) as it stands in a manifest: equal for equal models
+    in every process.  The dtype is a field of its own, and where the config was loaded from does not count."""
+    return {k: _plain(v) for k, v in config.items() if k not in _NOT_IDENTITY}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(v) for v in value)
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
 def diff(a: Manifest, b: Manifest) -> list[tuple[str, Any, Any]]:

@@ -39,7 +39,7 @@ class Metrics:
         def histogram(name: str, doc: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(name, doc, labels, registry=self.registry, buckets=buckets)
 
-        self.chunks = gauge("kvfs_chunks", "Complete chunks in the store.")
+        self.chunks = gauge("kvfs_chunks", "Chunks in the store.")
         self.bytes = gauge("kvfs_bytes", "Bytes of the parts in the store.", "form")
         self.leases = gauge("kvfs_leases", "Chunks claimed by readers.")
 
@@ -52,15 +52,23 @@ class Metrics:
         self.verify_seconds = histogram("kvfs_verify_seconds", "Time to check one part's checksums.", BULK_BUCKETS)
 
         self.fuse_requests = counter(
-            "kvfs_fuse_requests_total", "Requests of the kernel, by result: ok or the name of the error.",
-            "op", "result")
+            "kvfs_fuse_requests_total",
+            "Requests of the kernel, by result: ok or the name of the error.",
+            "op",
+            "result",
+        )
         self.fuse_seconds = histogram(
-            "kvfs_fuse_request_seconds", "Time to answer a request of the kernel.", REQUEST_BUCKETS, "op")
+            "kvfs_fuse_request_seconds", "Time to answer a request of the kernel.", REQUEST_BUCKETS, "op"
+        )
         self.control_requests = counter(
-            "kvfs_control_requests_total", "Requests on the control socket, by result: ok or the name of the error.",
-            "verb", "result")
+            "kvfs_control_requests_total",
+            "Requests on the control socket, by result: ok or the name of the error.",
+            "verb",
+            "result",
+        )
         self.control_seconds = histogram(
-            "kvfs_control_request_seconds", "Time to answer a request on the control socket.", REQUEST_BUCKETS, "verb")
+            "kvfs_control_request_seconds", "Time to answer a request on the control socket.", REQUEST_BUCKETS, "verb"
+        )
 
     def snapshot(self) -> dict[str, Any]:
         """Return every value by its Prometheus name, ready for JSON.

@@ -115,7 +115,9 @@ VERBS: Mapping[str, Verb] = {
     "reserve": Verb({"ns": _key, "nbytes": _count}, {"token": _text}),
     "publish": Verb({"token": _text, **_PART}, {"created": _flag}),
     "discard": Verb({"token": _text}, {}),
-    "explain": Verb({"ns": _key, "keys": _keys, "manifest": _document}, {"document": _document}, frozenset({"manifest"})),
+    "explain": Verb(
+        {"ns": _key, "keys": _keys, "manifest": _document}, {"document": _document}, frozenset({"manifest"})
+    ),
     "stats": Verb({}, {"document": _document}),
     "touch": Verb({"ns": _key, "keys": _keys}, {}),
     "remove": Verb({"ns": _key, "key": _key}, {"removed": _flag}),
@@ -202,9 +204,13 @@ class Deadline:
             raise self.exceeded()
         return left
 
+    def is_over(self) -> bool:
+        """Whether no time is left."""
+        return time.monotonic() >= self._end
+
     def exceeded(self) -> DeadlineExceeded:
         """The error to raise when the time is up."""
-        return DeadlineExceeded(self.what, f"{self.seconds:g}")
+        return DeadlineExceeded(self.what, f"{self.seconds:.3g}")
 
 
 def _unique(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:

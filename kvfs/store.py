@@ -7,7 +7,7 @@ descriptors with O_NOFOLLOW, so nothing planted in the tree leads outside it.
 
 import contextlib
 import errno
-import fcntl
+import functools
 import json
 import os
 import re
@@ -30,7 +30,7 @@ from kvfs.errors import (
     StoreBusy,
     StoreReadOnly,
 )
-from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, from_os_error, make_dir, read_small, write_new
+from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, from_os_error, lock, make_dir, read_small, write_new
 from kvfs.identity import Manifest, PartId, canonical_json
 from kvfs.names import is_leaf, is_ns, is_temp, parse_part_name, part_name, part_path
 
@@ -67,6 +67,7 @@ class Store:
         self.path, self.durability = path, durability
         self._root = root_fd
         self._dirs: dict[bytes, int] = {}
+        self._retired: list[int] = []
         self._manifests: dict[bytes, Manifest] = {}
         self._lock_fd = -1
 
@@ -81,8 +82,7 @@ class Store:
             if not (p / MARKER).exists():
                 if any(p.iterdir()):
                     raise StoreReadOnly(p, "the folder is not empty and not a store; name an empty one")
-                for sub in ("lost+found", ".kvfs"):
-                    (p / sub).mkdir(mode=DIR_MODE, exist_ok=True)
+                (p / ".kvfs").mkdir(mode=DIR_MODE, exist_ok=True)
                 fd = os.open(p, OPEN_DIR)
                 try:
                     write_new(fd, MARKER, canonical_json({"format": FORMAT, "id": secrets.token_hex(16)}) + b"\n")
@@ -116,10 +116,10 @@ class Store:
         return cls(p, fd, durability)
 
     def close(self) -> None:
-        for fd in (*self._dirs.values(), self._root, self._lock_fd):
+        for fd in (*self._dirs.values(), *self._retired, self._root, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
-        self._dirs.clear()
+        self._dirs, self._retired = {}, []
         self._root = self._lock_fd = -1
 
     def __enter__(self) -> Self:
@@ -135,18 +135,12 @@ class Store:
 
     def lock_daemon(self, owner: str) -> None:
         """Become the one daemon of this store on this host until `close`; StoreBusy names the other."""
-        name = f"daemon.{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}.lock"
+        name = f".kvfs/daemon.{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}.lock"
         make_dir(".kvfs", self._root)
-        fd = os.open(self.derived / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
-            os.close(fd)
-            raise StoreBusy(self.path, holder or "another daemon") from None
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, owner.encode(), 0)
-        self._lock_fd = fd
+            self._lock_fd = lock(self._root, name, owner)
+        except BlockingIOError as e:
+            raise StoreBusy(self.path, f"{e}; stop it first, or use its mount") from None
 
     # --- namespaces ---
 
@@ -156,7 +150,7 @@ class Store:
         with os.scandir(self._root) as it:
             names = sorted(e.name for e in it if is_ns(e.name))
         for name in names:
-            with contextlib.suppress(NamespaceNotFound):
+            with contextlib.suppress(NamespaceNotFound, IdentityError):
                 self.manifest(bytes.fromhex(name))
                 out.append(bytes.fromhex(name))
         return out
@@ -171,7 +165,7 @@ class Store:
         return self._manifests[ns]
 
     def info(self, ns: bytes) -> dict[str, Any]:
-        """What people call the namespace (``name``, ``revision``, ...); not part of its identity."""
+        """What people call the namespace (``name``, ``revision``, ...)."""
         return dict(self._manifest_file(ns).get("info") or {})
 
     def _manifest_file(self, ns: bytes) -> dict[str, Any]:
@@ -188,6 +182,7 @@ class Store:
     def register(self, manifest: Manifest, info: Mapping[str, Any] | None = None) -> bytes:
         """Make the namespace of a manifest, or find it.  The first to register writes ``info``."""
         ns = manifest.ns
+        self._drop_stale(ns)
         try:
             with contextlib.suppress(NamespaceNotFound):
                 if self.manifest(ns) == manifest:
@@ -209,10 +204,7 @@ class Store:
             os.rename(ns.hex(), trash, src_dir_fd=self._root, dst_dir_fd=self._root)
         except FileNotFoundError:
             raise NamespaceNotFound(ns.hex()[:12]) from None
-        self._manifests.pop(ns, None)
-        fd = self._dirs.pop(ns, -1)
-        if fd >= 0:
-            os.close(fd)
+        self._forget(ns)
         shutil.rmtree(self.path / trash, ignore_errors=True)
 
     def _ns_dir(self, ns: bytes) -> int:
@@ -227,13 +219,28 @@ class Store:
             fd = self._dirs.setdefault(ns, fd)
         return fd
 
+    def _drop_stale(self, ns: bytes) -> None:
+        """Forget a namespace that another process has retired, before anything is written to it."""
+        if ns in self._dirs:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(ns.hex(), dir_fd=self._root, follow_symlinks=False)
+                if os.path.samestat(there, os.fstat(self._dirs[ns])):
+                    return
+            self._forget(ns)
+
+    def _forget(self, ns: bytes) -> None:
+        """Drop what is remembered of a namespace; other threads may still be using its descriptor."""
+        self._manifests.pop(ns, None)
+        if (fd := self._dirs.pop(ns, None)) is not None:
+            self._retired.append(fd)
+
     # --- parts ---
 
     def open_part(self, ns: bytes, key: bytes, part: PartId) -> int:
         """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file."""
-        name = part_name(key, part)
+        name, root = part_name(key, part), self._ns_dir(ns)
         try:
-            leaf = os.open(name[:3], OPEN_DIR, dir_fd=self._ns_dir(ns))
+            leaf = os.open(name[:3], OPEN_DIR, dir_fd=root)
             try:
                 fd = os.open(name, OPEN_FILE, dir_fd=leaf)
             finally:
@@ -270,17 +277,10 @@ class Store:
                 self.discard(ns, name)
 
     def masks(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
-        """Presence mask of each chunk, by ``stat``; after the first key with no part the rest are 0, unseen."""
-        manifest, root = self.manifest(ns), self._ns_dir(ns)
-        out = [0] * len(keys)
-        for i, key in enumerate(keys):
-            for part in manifest.parts:
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                    os.stat(part_path(key, part), dir_fd=root, follow_symlinks=False)
-                    out[i] |= manifest.bit(part)
-            if not out[i]:
-                break
-        return out
+        """Presence mask of each chunk, by looking for its files; 0 where nothing is stored."""
+        root, bits = self._ns_dir(ns), [(p, self.manifest(ns).bit(p)) for p in self.manifest(ns).parts]
+        there = functools.partial(os.access, mode=os.F_OK, dir_fd=root, follow_symlinks=False)
+        return [sum(bit for part, bit in bits if there(part_path(key, part))) for key in keys]
 
     def scan(self, ns: bytes) -> Iterator[Found]:
         """Every part file of a namespace, by listing; foreign names are skipped."""
@@ -309,6 +309,7 @@ class Store:
 
     def reserve(self, ns: bytes) -> Temp:
         """A new empty temp file.  NamespaceNotFound, StoreFull, StoreReadOnly."""
+        self._drop_stale(ns)
         name = secrets.token_hex(16)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
@@ -326,9 +327,8 @@ class Store:
     def publish(self, ns: bytes, temp: str, key: bytes, part: PartId) -> bool:
         """Give a written and checked temp file its final name; the temp name is gone afterwards.
 
-        True if it is new, False if the part was there already (which is success: its bytes are as good).
-        With ``full`` durability the data and the folder are on disk before this returns; if an fsync fails
-        nothing is published, as the kernel has dropped the pages.
+        True if it is new, False if the part was there already: its bytes are as good.  With ``full`` durability data
+        and folder are on disk before this returns; after a failed fsync nothing is published.
         """
         root, name, written = self._ns_dir(ns), part_name(key, part), _temp_path(temp)
         self.manifest(ns).bit(part)
@@ -373,11 +373,11 @@ class Store:
 
     def quarantine(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
         """Move a part to ``lost+found/`` with its reason; False if another process already took it away."""
-        name = part_name(key, part)
+        name, root = part_name(key, part), self._ns_dir(ns)
         kept = f"{ns.hex()[:12]}.{name}.{secrets.token_hex(4)}"
         make_dir("lost+found", self._root)
         try:
-            os.rename(f"{name[:3]}/{name}", f"lost+found/{kept}", src_dir_fd=self._ns_dir(ns), dst_dir_fd=self._root)
+            os.rename(f"{name[:3]}/{name}", f"lost+found/{kept}", src_dir_fd=root, dst_dir_fd=self._root)
         except FileNotFoundError:
             return False
         note = {"ns": ns.hex(), "key": key.hex(), "part": str(part), "reason": reason, "time": time.time()}

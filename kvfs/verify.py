@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvfs import _native, files
-from kvfs.chunk import open_part
+from kvfs.chunk import PartHeader, open_part
 from kvfs.errors import ChunkCorrupt, StoreBusy, StoreFull
 from kvfs.identity import PartId
 from kvfs.store import Store, Temp
@@ -72,12 +72,17 @@ class Verifier:
         st = os.fstat(fd)
         return Opened(fd, self.is_verified(st), st.st_size)
 
-    def check(self, ns: bytes, key: bytes, part: PartId) -> None:
-        """Read a part in full and mark it.  ChunkCorrupt says what is wrong; ChunkNotFound."""
-        with open_part(self.store.open_part(ns, key, part), self.store.manifest(ns), key, part) as file:
-            before = os.fstat(file.fd)
+    def check(self, fd: int, ns: bytes, key: bytes, part: PartId) -> None:
+        """Read an open part in full and mark it.  ChunkCorrupt says what is wrong."""
+        before = os.fstat(fd)
+        with open_part(os.dup(fd), self.store.manifest(ns), key, part) as file:
             file.verify()
-            self.mark(before)
+        self.mark(before)
+
+    def peek(self, ns: bytes, key: bytes, part: PartId) -> tuple[PartHeader, int]:
+        """The header of a part and the size of its file, its data unread.  ChunkNotFound, ChunkCorrupt."""
+        with open_part(self.store.open_part(ns, key, part), self.store.manifest(ns), key, part) as file:
+            return file.header, os.fstat(file.fd).st_size
 
     def vouch(self, ns: bytes, key: bytes, part: PartId) -> None:
         """A reader has read the part in full and found it whole."""
@@ -93,7 +98,11 @@ class Verifier:
         ChunkNotFound if it is gone.
         """
         try:
-            self.check(ns, key, part)
+            fd = self.store.open_part(ns, key, part)
+            try:
+                self.check(fd, ns, key, part)
+            finally:
+                os.close(fd)
         except ChunkCorrupt as e:
             self.quarantine(ns, key, part, e)
             return e
@@ -123,6 +132,7 @@ class Verifier:
         IdentityError, StoreFull, StoreReadOnly, ChunkNotFound (no such temp file).
         """
         try:
+            self.store.manifest(ns).bit(part)
             fd = self.store.open_temp(ns, temp)
             try:
                 _seal(fd, f"{key.hex()}.{part}")

@@ -75,38 +75,43 @@ def test_shown_values_read_back(name: str) -> None:
 
 
 def test_native_toml_types(tmp_path: Path) -> None:
-    path = write(tmp_path, 'threads = 2\nread_only = true\nsocket_mode = 0o640\nfuse_options = ["noexec", "noatime"]\n'
-                           "socket_group = 12\n")
+    path = write(
+        tmp_path,
+        'threads = 2\nread_only = true\nsocket_mode = 0o640\nfuse_options = ["noexec", "noatime"]\nsocket_group = 12\n',
+    )
     loaded = config.load(path, {})
     assert (loaded.threads, loaded.read_only, loaded.socket_mode) == (2, True, 0o640)
     assert loaded.fuse_options == ("noexec", "noatime")
     assert loaded.socket_group == "12"
 
 
-@pytest.mark.parametrize(("text", "says"), [
-    ('transprot = "kernel"', r"kvfs\.toml:1: there is no setting transprot; the nearest name is transport"),
-    ("[daemon]\nthreads = 2", r"kvfs\.toml:1: there is no setting daemon"),
-    ('transport = "fuse2"', r"transport = 'fuse2': write one of auto, kernel, libfuse"),
-    ("transport = 3", "write one of auto"),
-    ("threads = 0", "threads = 0: write a whole number from 1 to 64"),
-    ("threads = true", "threads = True: write a whole number"),
-    ("threads = 2.0", "write a whole number"),
-    ('read_only = "perhaps"', "write true or false"),
-    ("read_only = 1", "write true or false"),
-    ("snapshot_interval = 30", r"write a number with a unit \(ms, s, min, h, d\), from 1s to 1d"),
-    ('snapshot_interval = "10ms"', "from 1s to 1d"),
-    ('snapshot_interval = "2d"', "from 1s to 1d"),
-    ('socket_mode = "999"', 'write permission bits such as "0660"'),
-    ("socket_mode = 0o1777", "write permission bits"),
-    ('metrics_listen = "0.0.0.0:9105"', r"write off, or a loopback address and port such as 127\.0\.0\.1:9105"),
-    ('metrics_listen = "127.0.0.1:70000"', "loopback address"),
-    ('metrics_listen = "127.0.0.1"', "loopback address"),
-    ('fuse_options = "noexek"', "write options among context=…, default_permissions"),
-    ('fuse_options = "fsname"', "fsname=…"),
-    ('store = ""', "write a path"),
-    ('store = ["a"]', "write a path"),
-    ("threads = ", "not a TOML file"),
-])
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('transprot = "kernel"', r"kvfs\.toml:1: there is no setting transprot; the nearest name is transport"),
+        ("[daemon]\nthreads = 2", r"kvfs\.toml:1: there is no setting daemon"),
+        ('transport = "fuse2"', r"transport = 'fuse2': write one of auto, kernel, libfuse"),
+        ("transport = 3", "write one of auto"),
+        ("threads = 0", "threads = 0: write a whole number from 1 to 64"),
+        ("threads = true", "threads = True: write a whole number"),
+        ("threads = 2.0", "write a whole number"),
+        ('read_only = "perhaps"', "write true or false"),
+        ("read_only = 1", "write true or false"),
+        ("snapshot_interval = 30", r"write a number with a unit \(ms, s, min, h, d\), from 1s to 1d"),
+        ('snapshot_interval = "10ms"', "from 1s to 1d"),
+        ('snapshot_interval = "2d"', "from 1s to 1d"),
+        ('socket_mode = "999"', 'write permission bits such as "0660"'),
+        ("socket_mode = 0o1777", "write permission bits"),
+        ('metrics_listen = "0.0.0.0:9105"', r"write off, or a loopback address and port such as 127\.0\.0\.1:9105"),
+        ('metrics_listen = "127.0.0.1:70000"', "loopback address"),
+        ('metrics_listen = "127.0.0.1"', "loopback address"),
+        ('fuse_options = "noexek"', "write options among context=…, default_permissions"),
+        ('fuse_options = "fsname"', "fsname=…"),
+        ('store = ""', "write a path"),
+        ('store = ["a"]', "write a path"),
+        ("threads = ", "not a TOML file"),
+    ],
+)
 def test_what_is_wrong_is_refused_with_the_remedy(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=says):
         config.load(write(tmp_path, text), {})
@@ -146,10 +151,16 @@ def test_paths_become_absolute(no_file: Path, monkeypatch: pytest.MonkeyPatch, t
     assert (loaded.store, loaded.mountpoint) == (Path(os.path.abspath("b")), Path("/home/someone/kv"))
 
 
-@pytest.mark.parametrize(("text", "seconds", "shown"), [
-    ("30s", 30.0, "30s"), ("1.5 min", 90.0, "90s"), ("2h", 7200.0, "2h"), ("1d", 86400.0, "1d"),
-    ("2500ms", 2.5, "2500ms"),
-])
+@pytest.mark.parametrize(
+    ("text", "seconds", "shown"),
+    [
+        ("30s", 30.0, "30s"),
+        ("1.5 min", 90.0, "90s"),
+        ("2h", 7200.0, "2h"),
+        ("1d", 86400.0, "1d"),
+        ("2500ms", 2.5, "2500ms"),
+    ],
+)
 def test_durations(text: str, seconds: float, shown: str) -> None:
     kind = config.SETTINGS["snapshot_interval"].kind
     assert kind.parse(text) == seconds

@@ -63,12 +63,12 @@ def test_a_second_publisher_succeeds_and_replaces_nothing(store: Store) -> None:
     assert os.listdir(store.path / NS.hex() / "tmp") == []
 
 
-def test_masks_stop_at_the_first_gap(store: Store) -> None:
+def test_masks_tell_what_is_there(store: Store) -> None:
     keys = [new_key() for _ in range(4)]
     put(store, keys[0])
     put(store, keys[1], PART)
     put(store, keys[3])
-    assert store.masks(NS, keys) == [MANIFEST.all_parts, MANIFEST.bit(PART), 0, 0]
+    assert store.masks(NS, keys) == [MANIFEST.all_parts, MANIFEST.bit(PART), 0, MANIFEST.all_parts]
 
 
 def test_races_of_many_writers_leave_one_whole_file(store: Store) -> None:
@@ -153,6 +153,19 @@ def test_remove_and_retire(store: Store) -> None:
     with pytest.raises(NamespaceNotFound):
         store.masks(NS, [key])
     assert not any(p.name.startswith("retired") for p in store.derived.iterdir())
+
+
+def test_a_namespace_retired_by_another_process_can_be_registered_again(store: Store) -> None:
+    put(store, new_key())
+    with Store.open(store.path) as other:
+        other.retire(NS)
+    with pytest.raises(NamespaceNotFound):
+        store.reserve(NS)
+    store.register(MANIFEST)
+    key = new_key()
+    put(store, key)
+    with Store.open(store.path) as other:
+        assert other.masks(NS, [key]) == [MANIFEST.all_parts]
 
 
 def test_temps_of_dead_writers_are_reaped(store: Store) -> None:

@@ -18,11 +18,11 @@
 
 enum { CACHE_LINE = 64 };
 
-/* Element-wise, in square blocks whose lines on both sides stay in the L1 cache. */
+/* Element-wise, in square blocks of one cache line on each side if elements are adjacent there. */
 #define DEFINE_STRIDED(bits)                                                                                           \
     static void strided##bits(char *dst, Pitch to, const char *src, Pitch from, int64_t rows, int64_t cols)            \
     {                                                                                                                  \
-        enum { SIDE = 32 };                                                                                            \
+        enum { SIDE = CACHE_LINE * 8 / bits };                                                                         \
         for (int64_t row = 0; row < rows; row += SIDE)                                                                 \
             for (int64_t col = 0; col < cols; col += SIDE)                                                             \
                 for (int64_t c = col; c < cols && c < col + SIDE; c++)                                                 \

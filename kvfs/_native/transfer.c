@@ -32,8 +32,9 @@ typedef struct {
     Result result;
 } Load;
 
-static pthread_key_t bounce_key;
+static pthread_key_t bounce_key; /* frees a thread's bounce buffer when the thread ends */
 static pthread_once_t bounce_once = PTHREAD_ONCE_INIT;
+static int bounce_key_error;
 
 static void bounce_free(void *bounce)
 {
@@ -43,12 +44,14 @@ static void bounce_free(void *bounce)
 
 static void bounce_make_key(void)
 {
-    pthread_key_create(&bounce_key, bounce_free);
+    bounce_key_error = pthread_key_create(&bounce_key, bounce_free);
 }
 
 static Bounce *bounce_of_thread(void)
 {
     pthread_once(&bounce_once, bounce_make_key);
+    if (bounce_key_error)
+        return NULL;
     Bounce *bounce = pthread_getspecific(bounce_key);
     if (!bounce && (bounce = calloc(1, sizeof *bounce)) && pthread_setspecific(bounce_key, bounce) != 0) {
         free(bounce);

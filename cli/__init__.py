@@ -1,0 +1,1 @@
+"""The ``kvfs`` command line. Imported as ``kvfs.cli``."""

@@ -1,0 +1,242 @@
+"""Commands that look and change nothing: ``status``, ``ls``, ``show``, ``ns``."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from kvfs.cli import render
+from kvfs.cli.target import Chunk, Target, at_option, resolve
+from kvfs.errors import ChunkCorrupt, ChunkNotFound
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from kvfs.identity import PartId
+
+
+@click.command(short_help="Show what is cached and how it is used.")
+@at_option
+@render.json_option
+def status(at: Path | None, as_json: bool) -> None:
+    """Show what is cached, how it is used, and whether a daemon serves it."""
+    target = resolve(at)
+    with target.client() as client:
+        stats = client.stats()
+    if as_json:
+        render.emit(stats)
+        return
+    render.pairs(status_lines(target, stats))
+
+
+def status_lines(target: Target, stats: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the figures for people; those that only a daemon has are left out for a bare store."""
+    lines = [("store", f"{stats['store']}, {render.size(stats['free'])} free")]
+    if target.mounted:
+        lines.append(("mount", f"{target.path}, up {render.span(stats['uptime'])}, kvfs {stats['version']}"))
+    else:
+        lines.append(("mount", "none; read from the folder, without a daemon"))
+    lines.append(("chunks", f"{stats['chunks']:,} in {len(stats['namespaces'])} namespaces"))
+    lines.append(("size", render.size(stats["bytes"])))
+    if target.mounted:
+        asked = stats["hits"] + stats["misses"]
+        rate = f", {stats['hits'] / asked:.0%} hit" if asked else ""
+        lines += [
+            ("lookups", f"{asked:,} keys{rate}"),
+            ("leases", f"{stats['leases']:,} chunks"),
+            ("stored", f"{stats['publishes']:,} parts, {stats['drops']:,} refused"),
+            (
+                "quarantined",
+                ", ".join(f"{count:,} {reason}" for reason, count in stats["quarantined"].items()) or "none",
+            ),
+        ]
+    return lines
+
+
+@click.command(short_help="List namespaces, or the chunks of one.")
+@click.argument("namespace", required=False, metavar="[NS]")
+@at_option
+@render.json_option
+def ls(namespace: str | None, at: Path | None, as_json: bool) -> None:
+    """List namespaces, or the chunks of namespace NS (its name or the beginning of its digest), last used first."""
+    target = resolve(at)
+    if namespace is None:
+        list_namespaces(target, as_json)
+        return
+    ns = target.find_namespace(namespace)
+    total = len(target.store.manifest(ns).parts)
+    chunks = target.chunks(ns)
+    if as_json:
+        render.emit([chunk_json(chunk) for chunk in chunks])
+        return
+    render.table(
+        ("KEY", "TOKENS>", "SIZE>", "PARTS>", "FORM", "HITS>", "LAST USE"),
+        [
+            (
+                chunk.key.hex()[: render.SHORT],
+                f"{chunk.tokens:,}",
+                render.size(chunk.size),
+                f"{len(chunk.parts)}/{total}",
+                chunk.form,
+                f"{chunk.hits:,}",
+                render.ago(chunk.last),
+            )
+            for chunk in chunks
+        ],
+    )
+
+
+def chunk_json(chunk: Chunk) -> dict[str, Any]:
+    """Return a chunk as JSON has it."""
+    return {
+        "key": chunk.key.hex(),
+        "tokens": chunk.tokens,
+        "bytes": chunk.size,
+        "form": chunk.form,
+        "hits": chunk.hits,
+        "last_use": chunk.last,
+        "parts": {str(part): size for part, size in sorted(chunk.parts.items())},
+    }
+
+
+def list_namespaces(target: Target, as_json: bool) -> None:
+    """Print one line a namespace."""
+    with target.client() as client:
+        stats = client.stats()
+    rows = []
+    for each in stats["namespaces"]:
+        ns = bytes.fromhex(each["ns"])
+        manifest = target.store.manifest(ns)
+        kinds = [kind.name for kind in manifest.kinds]
+        counts = {"chunks": each["chunks"], "bytes": each["bytes"]}
+        rows.append(
+            {"ns": each["ns"], "name": target.name(ns), **counts, "kv_dtype": manifest.kv_dtype, "kinds": kinds}
+        )
+    if as_json:
+        render.emit(rows)
+        return
+    render.table(
+        ("NAMESPACE", "NAME", "CHUNKS>", "SIZE>", "DTYPE", "KINDS"),
+        [
+            (
+                row["ns"][: render.SHORT],
+                row["name"],
+                f"{row['chunks']:,}",
+                render.size(row["bytes"]),
+                row["kv_dtype"],
+                " ".join(row["kinds"]),
+            )
+            for row in rows
+        ],
+    )
+
+
+@click.command(short_help="Show one chunk and its parts.")
+@click.argument("key")
+@at_option
+@render.json_option
+def show(key: str, at: Path | None, as_json: bool) -> None:
+    """Show the chunk whose key begins with KEY: what each of its parts says of itself."""
+    from kvfs.names import leaf_name
+
+    target = resolve(at)
+    ns, found = target.find_chunk(key)
+    chunk = next((each for each in target.chunks(ns, leaf_name(found)) if each.key == found), None)
+    if chunk is None:  # removed since it was found
+        raise ChunkNotFound(key)
+    manifest = target.store.manifest(ns)
+    headers = {str(part): part_json(target, ns, found, part) for part in manifest.parts}
+    if as_json:
+        render.emit({**chunk_json(chunk), "ns": ns.hex(), "name": target.name(ns), "parts": headers})
+        return
+    render.pairs(
+        [
+            ("key", found.hex()),
+            ("namespace", f"{ns.hex()[: render.SHORT]} {target.name(ns)}"),
+            ("tokens", f"{chunk.tokens:,}"),
+            ("size", render.size(chunk.size)),
+            ("form", chunk.form),
+            ("hits", f"{chunk.hits:,}"),
+            ("last use", render.ago(chunk.last)),
+            ("", ""),
+        ]
+    )
+    render.table(
+        ("PART", "SIZE>", "POSITION>", "TENSORS>", "STATE"),
+        [
+            (part, render.size(row["bytes"]), f"{row['position']:,}", str(row["tensors"]), "ok")
+            if "error" not in row
+            else (part, "", "", "", row["error"])
+            for part, row in headers.items()
+        ],
+    )
+
+
+def part_json(target: Target, ns: bytes, key: bytes, part: PartId) -> dict[str, Any]:
+    """Return what the header of a part says, or why it cannot be read."""
+    from kvfs.chunk import open_part
+
+    try:
+        file = open_part(target.store.open_part(ns, key, part), target.store.manifest(ns), key, part)
+    except ChunkNotFound:
+        return {"error": "missing"}
+    except ChunkCorrupt as error:
+        return {"error": str(error), "reason": error.reason}
+    with file:
+        header, size = file.header, os.fstat(file.fd).st_size
+    return {
+        "bytes": size,
+        "parent": header.meta.parent.hex(),
+        "position": header.meta.position,
+        "tokens": header.meta.tokens,
+        "form": header.form,
+        "fidelity": header.fidelity,
+        "tensors": len(header.layout.tensors),
+    }
+
+
+@click.group(short_help="Look at namespaces.")
+def ns() -> None:
+    """Look at namespaces: what makes KV interchangeable."""
+
+
+@ns.command(name="list")
+@at_option
+@render.json_option
+def ns_list(at: Path | None, as_json: bool) -> None:
+    """List namespaces, as `kvfs ls` does."""
+    list_namespaces(resolve(at), as_json)
+
+
+@ns.command(name="show")
+@click.argument("namespace", metavar="NS")
+@at_option
+def ns_show(namespace: str, at: Path | None) -> None:
+    """Print the manifest of namespace NS as JSON."""
+    target = resolve(at)
+    found = target.find_namespace(namespace)
+    identity, info = target.store.manifest(found).to_json(), target.store.info(found)
+    render.emit({"ns": found.hex(), "identity": identity, "info": info})
+
+
+@ns.command(name="diff")
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@at_option
+@render.json_option
+def ns_diff(first: str, second: str, at: Path | None, as_json: bool) -> None:
+    """Name the fields in which namespaces A and B differ: why neither can use the other's chunks."""
+    from kvfs.identity import diff
+
+    target = resolve(at)
+    a, b = (target.store.manifest(target.find_namespace(word)) for word in (first, second))
+    rows = diff(a, b)
+    if as_json:
+        render.emit([{"field": field, "a": x, "b": y} for field, x, y in rows])
+    elif rows:
+        render.table(("FIELD", "A", "B"), [(field, json.dumps(x), json.dumps(y)) for field, x, y in rows])
+    else:
+        click.echo("the same namespace")

@@ -1,0 +1,139 @@
+"""Commands that take something away: ``verify`` (what is damaged) and ``retire`` (a namespace)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+
+from kvfs.cli import render
+from kvfs.cli.target import Target, at_option, resolve
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, Unsupported
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from kvfs.client import Client
+    from kvfs.identity import PartId
+
+
+REPORT = 60.0
+"""Seconds that reading one part again may take."""
+
+
+class Suspect(NamedTuple):
+    """One part to be checked; ``size`` in bytes."""
+
+    ns: bytes
+    key: bytes
+    part: PartId
+    size: int
+
+
+@click.command(short_help="Read every part and check it; put damaged ones away.")
+@click.argument("namespaces", nargs=-1, metavar="[NS]...")
+@click.option("--dry-run", is_flag=True, help="Report damage, move nothing.")
+@at_option
+@render.json_option
+@click.pass_context
+def verify(ctx: click.Context, namespaces: tuple[str, ...], dry_run: bool, at: Path | None, as_json: bool) -> None:
+    """Read every part (of the namespaces NS, or of all) and compare its checksums.
+
+    Damaged parts are moved to lost+found. Exits with 4 if there were any.
+    """
+    target = resolve(at)
+    if dry_run and target.mounted:
+        raise Unsupported(
+            "verify --dry-run through a mount, whose daemon puts away what it finds damaged; "
+            "name the folder of the store with --at"
+        )
+    wanted = [target.find_namespace(word) for word in namespaces] or target.namespaces()
+    suspects = [suspect for ns in wanted for suspect in parts_of(target, ns)]
+    damaged = []
+    for suspect, error in check(target, suspects):
+        with target.client() as client:
+            moved = not dry_run and put_away(target, client, suspect, error)
+        damaged.append(
+            {
+                "ns": suspect.ns.hex(),
+                "key": suspect.key.hex(),
+                "part": str(suspect.part),
+                "reason": error.reason,
+                "detail": str(error),
+                "quarantined": moved,
+            }
+        )
+    report = {"parts": len(suspects), "bytes": sum(suspect.size for suspect in suspects), "damaged": damaged}
+    if as_json:
+        render.emit(report)
+    else:
+        show_report(report)
+    ctx.exit(ChunkCorrupt.exit_code if damaged else 0)
+
+
+def parts_of(target: Target, ns: bytes) -> Iterator[Suspect]:
+    """Yield every part of a namespace."""
+    for found in target.store.scan(ns):
+        with contextlib.suppress(FileNotFoundError):
+            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size)
+
+
+def check(target: Target, suspects: list[Suspect]) -> Iterator[tuple[Suspect, ChunkCorrupt]]:
+    """Read all parts; yield those that are damaged, with what is wrong."""
+    from kvfs.chunk import open_part
+
+    store = target.store
+    for suspect in render.progress(suspects, "checking", lambda suspect: suspect.size):
+        try:
+            fd = store.open_part(suspect.ns, suspect.key, suspect.part)
+            with open_part(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
+                file.verify()
+        except ChunkNotFound:  # removed meanwhile
+            continue
+        except ChunkCorrupt as error:
+            yield suspect, error
+
+
+def put_away(target: Target, client: Client, suspect: Suspect, error: ChunkCorrupt) -> bool:
+    """Have a damaged part checked again and moved to lost+found; tell whether it is gone from its place."""
+    from kvfs.names import part_path
+
+    ns, key, part, _ = suspect
+    with contextlib.suppress(ChunkNotFound):  # a daemon that met the damage was quicker
+        client.report(ns, key, part, error.reason, timeout=REPORT)
+    return not os.path.lexists(target.path / ns.hex() / part_path(key, part))
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print what `verify` found, for people."""
+    for each in report["damaged"]:
+        fate = "moved to lost+found" if each["quarantined"] else "left where it is"
+        click.echo(f"{each['detail']}; {fate}")
+    outcome = f"{len(report['damaged'])} damaged" if report["damaged"] else "all whole"
+    click.echo(f"{report['parts']:,} parts, {render.size(report['bytes'])}: {outcome}")
+
+
+@click.command(short_help="Remove a namespace with all its chunks.")
+@click.argument("namespace", metavar="NS")
+@click.option("-y", "--yes", is_flag=True, help="Do not ask.")
+@at_option
+@render.json_option
+def retire(namespace: str, yes: bool, at: Path | None, as_json: bool) -> None:
+    """Remove namespace NS (its name or the beginning of its digest) with all its chunks."""
+    target = resolve(at)
+    ns = target.find_namespace(namespace)
+    if not yes:
+        click.confirm(
+            f"remove {target.name(ns) or 'the namespace'} ({ns.hex()[: render.SHORT]}) with all its chunks?",
+            abort=True,
+            err=True,
+        )
+    with target.client() as client:
+        chunks = client.retire(ns)
+    if as_json:
+        render.emit({"ns": ns.hex(), "chunks": chunks})
+    else:
+        click.echo(f"removed {ns.hex()[: render.SHORT]}: {chunks:,} chunks")

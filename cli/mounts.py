@@ -1,0 +1,30 @@
+"""Where stores are mounted, and what a folder lies on, by the mount table: no mount is touched to find out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kvfs.daemon.fuse import connection
+
+
+def filesystem_of(folder: Path) -> str:
+    """Return the type of the filesystem that ``folder`` lies on; it need not exist."""
+    real = Path(os.path.realpath(folder))
+    over = [mount for mount in connection.mounts() if real == mount.point or mount.point in real.parents]
+    return max(reversed(over), key=lambda mount: len(mount.point.parts)).fstype
+
+
+def mounted_stores() -> list[Path]:
+    """Return the mount points of all kvfs mounts."""
+    points = [mount.point for mount in connection.mounts() if mount.fstype == connection.FSTYPE]
+    return list(dict.fromkeys(points))
+
+
+def locate(path: Path) -> tuple[Path, bool]:
+    """Return the absolute path without links, and whether a store is mounted there."""
+    stores = mounted_stores()
+    for real in (connection.real(path), Path(os.path.realpath(path))):
+        if real in stores:
+            return real, True
+    return real, False

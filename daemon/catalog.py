@@ -1,0 +1,328 @@
+"""The worker's state: what is in the store, who holds it, what is known to be whole, and what has been counted.
+
+The filesystem view and the control socket both work on it; nothing else changes the store.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import kvfs
+from kvfs.config import Config
+from kvfs.daemon.leases import Leases
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
+from kvfs.explain import Known, explain
+from kvfs.identity import Manifest, PartId
+from kvfs.index import Index
+from kvfs.metrics import Metrics
+from kvfs.names import parse_part_name
+from kvfs.store import Store, Temp
+from kvfs.verify import Opened, Verifier
+
+__all__ = ["Catalog", "Listener"]
+
+log = logging.getLogger(__name__)
+
+Listener = Callable[[str, bytes, bytes | None, PartId | None], None]
+"""``listener(event, ns, key, part)``; events are ``registered`` and ``retired`` (of a namespace), ``added`` and
+``removed`` (of a part)."""
+
+
+class Catalog:
+    """Everything the worker knows of one store.  Thread-safe.
+
+    A new catalog has read the snapshot of the index, or else listed the store; after a snapshot, call `reconcile`
+    soon (`Watcher` does).  ``resumed``: it takes the place of a worker that died, whose clients are about to claim
+    again what they hold.
+    """
+
+    def __init__(self, store: Store, config: Config, metrics: Metrics, resumed: bool = False) -> None:
+        self.store, self.config, self.metrics = store, config, metrics
+        self.index = Index(store)
+        self.leases = Leases(resumed)
+        self.verifier = Verifier(store, always=config.verify == "always")
+        self._verified_path = store.derived / f"verified.{socket.gethostname()}"
+        self._listeners: list[Listener] = []
+        self._started = time.monotonic()
+        self.verifier.load(self._verified_path)
+        if not self.index.load():
+            self.index.reconcile()
+        metrics.chunks.set_function(lambda: self.index.totals()[0])
+        metrics.bytes.labels("raw").set_function(lambda: self.index.totals()[1])
+        metrics.leases.set_function(lambda: len(self.leases))
+
+    def on_change(self, listener: Listener) -> None:
+        """Call ``listener`` after each change, from the thread that made it.  It must be quick and not raise."""
+        self._listeners.append(listener)
+
+    def _tell(self, event: str, ns: bytes, key: bytes | None = None, part: PartId | None = None) -> None:
+        for listener in self._listeners:
+            listener(event, ns, key, part)
+
+    def save(self) -> None:
+        """Write the snapshots for a quick restart.  A failure costs only that, and is logged."""
+        if not self.config.read_only:
+            try:
+                self.index.save()
+                self.verifier.save(self._verified_path)
+            except OSError as e:
+                log.warning("no snapshot in %s: %s; the next start will list the store", self.store.derived, e.strerror)
+
+    # --- reading ---
+
+    def lookup(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
+        """The presence mask of each key, 0 for absent; NamespaceNotFound."""
+        masks = self.index.masks(ns, keys)
+        misses = masks.count(0)
+        self.metrics.lookup.labels("hit").inc(len(masks) - misses)
+        self.metrics.lookup.labels("miss").inc(misses)
+        return masks
+
+    def open_part(self, ns: bytes, key: bytes, part: PartId, verify: bool = True) -> int:
+        """A read-only descriptor of a part.
+
+        With ``verify`` a part not known to be whole is read in full first, and put into quarantine if it is not:
+        ChunkCorrupt.  ChunkNotFound.
+        """
+        return self._open(ns, key, part, verify)
+
+    def _open(self, ns: bytes, key: bytes, part: PartId, verify: bool, again: bool = False) -> int:
+        try:
+            opened = self.verifier.open(ns, key, part)
+            try:
+                if again or (verify and not opened.verified):
+                    with self.metrics.verify_seconds.time():
+                        self.verifier.check(opened.fd, ns, key, part)
+            except BaseException:
+                os.close(opened.fd)
+                raise
+        except (ChunkNotFound, ChunkCorrupt) as e:
+            self._lost(ns, key, part, e)
+            raise
+        return opened.fd
+
+    def lease(self, holder: Hashable, lease: int, ns: bytes, refs: Sequence[tuple[bytes, PartId]]) -> list[Opened]:
+        """Open parts, and claim their chunks for ``holder`` under its number ``lease``; all or none.
+
+        ChunkNotFound for the first that is missing, ChunkCorrupt; whether a part is whole is for the reader to
+        check unless it is known.
+        """
+        keys = list(dict.fromkeys(key for key, _ in refs))
+        self.leases.grant(holder, lease, ns, keys)
+        opened: list[Opened] = []
+        try:
+            for key, part in refs:
+                opened.append(self.verifier.open(ns, key, part))
+        except BaseException as e:
+            self.leases.release(holder, lease)
+            for o in opened:
+                os.close(o.fd)
+            if isinstance(e, ChunkNotFound | ChunkCorrupt):
+                self._lost(ns, *refs[len(opened)], e)
+            raise
+        self.index.touch(ns, keys)
+        self.metrics.leased_bytes.inc(sum(o.size for o in opened))
+        return opened
+
+    def hold(self, holder: Hashable, lease: int, ns: bytes, keys: Sequence[bytes]) -> int:
+        """Claim chunks again after a restart; returns how many are gone."""
+        self.leases.grant(holder, lease, ns, keys)
+        return self.index.masks(ns, keys).count(0)
+
+    def report(self, holder: Hashable, ns: bytes, key: bytes, part: PartId, reason: str | None) -> None:
+        """What a reader found: None if the part is whole, which only one who holds it can say."""
+        if reason is not None:
+            self.damaged(ns, key, part, reason)
+        elif self.leases.holds(holder, ns, key):
+            with contextlib.suppress(ChunkNotFound):  # removed meanwhile
+                self.verifier.vouch(ns, key, part)
+
+    def touch(self, ns: bytes, keys: Sequence[bytes]) -> None:
+        """Count chunks as used now."""
+        self.index.touch(ns, keys)
+
+    # --- damage ---
+
+    def damaged(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
+        """Somebody found a part damaged.  Check it; True if it is, and has been moved to quarantine."""
+        try:
+            os.close(self._open(ns, key, part, verify=True, again=True))
+        except ChunkNotFound:
+            return False
+        except ChunkCorrupt:
+            return True
+        log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
+        return False
+
+    def _lost(self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt) -> None:
+        """What turned out to be missing or damaged is no longer shown to anyone."""
+        if isinstance(error, ChunkCorrupt):
+            if not self.config.read_only:
+                self.verifier.quarantine(ns, key, part, error)
+            self.metrics.quarantined.labels(error.reason).inc()
+            log.warning("%s; it is in lost+found", error)
+        self._vanished(ns, key, part)
+
+    def _vanished(self, ns: bytes, key: bytes, part: PartId) -> None:
+        if self.index.masks(ns, [key])[0] & self.store.manifest(ns).bit(part):
+            row = self.index.get(ns, key)
+            size = row.size // max(1, row.mask.bit_count()) if row else 0
+            self.index.discard(ns, key, part, size)
+            self._tell("removed", ns, key, part)
+
+    # --- writing ---
+
+    def _writable(self) -> None:
+        if self.config.read_only:
+            raise StoreReadOnly(self.store.path, "the daemon was started with read_only")
+
+    def register(self, manifest: Manifest, info: Mapping[str, Any] | None = None) -> bytes:
+        """Make the namespace of a manifest, or find it; returns its digest."""
+        ns = manifest.ns
+        if ns not in self.index.namespaces():
+            try:
+                self.index.register(ns)
+            except NamespaceNotFound:
+                self._writable()
+                self.index.register(self.store.register(manifest, info))
+            self._tell("registered", ns)
+        return ns
+
+    def reserve(self, ns: bytes, nbytes: int) -> Temp:
+        """A temp file to write a part of ``nbytes`` into; NamespaceNotFound, StoreFull, StoreReadOnly."""
+        self._writable()
+        return self.verifier.reserve(ns, nbytes)
+
+    def discard(self, ns: bytes, temp: str) -> None:
+        """Give up a temp file; it, or its namespace, may be gone already."""
+        with contextlib.suppress(NamespaceNotFound):
+            self.store.discard(ns, temp)
+
+    def publish_file(self, ns: bytes, temp: str, key: bytes, part: PartId) -> bool:
+        """Check a written temp file and make it a part; raises as `Verifier.admit`.  True if the part is new."""
+        try:
+            self._writable()
+            admitted = self.verifier.admit(ns, temp, key, part)
+        except KvfsError:
+            self.metrics.publish.labels("refused").inc()
+            raise
+        self.metrics.publish.labels("created" if admitted.created else "exists").inc()
+        if admitted.created:
+            self.metrics.published_bytes.inc(admitted.size)
+        self._appeared(ns, key, part, admitted.size, admitted.tokens)
+        return admitted.created
+
+    def import_file(self, ns: bytes, temp: str, name: str) -> bool:
+        """Publish a temp file under the name that a user copied it to.  IdentityError unless that names a part."""
+        named = parse_part_name(name)
+        if named is None:
+            self.discard(ns, temp)
+            raise IdentityError(f"{name!r} is not the name of a part (<key>.<kind>.h<slice>.safetensors)")
+        return self.publish_file(ns, temp, *named)
+
+    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, tokens: int) -> None:
+        if self.index.add(ns, key, part, size, tokens):
+            self._tell("added", ns, key, part)
+
+    def remove_chunk(self, ns: bytes, key: bytes) -> bool:
+        """Remove all parts of a chunk; False if there were none.  StoreBusy while it is leased."""
+        self._writable()
+        manifest, [mask] = self.store.manifest(ns), self.index.masks(ns, [key])
+        with self.leases.removing(ns, key):
+            self.store.remove(ns, key, manifest.parts)
+            self.index.discard(ns, key)
+        for part in manifest.parts:
+            if mask & manifest.bit(part):
+                self.metrics.removed.labels("request").inc()
+                self._tell("removed", ns, key, part)
+        return mask != 0
+
+    def retire(self, ns: bytes) -> int:
+        """Remove a namespace and all its chunks; returns how many there were.  StoreBusy while one is leased."""
+        self._writable()
+        chunks, _ = self.index.totals(ns)
+        with self.leases.removing(ns):
+            self.store.retire(ns)
+            self.index.forget(ns)
+        self.metrics.removed.labels("retired").inc(chunks)
+        self._tell("retired", ns)
+        return chunks
+
+    # --- behind our back ---
+
+    def reconcile(self) -> tuple[int, int]:
+        """List the store and correct the index; returns parts found anew and parts found gone.  Also removes temp
+        files of writers that died."""
+        known = set(self.index.namespaces())
+        counts = self.index.reconcile(
+            lambda ns, key, part, appeared: self._tell("added" if appeared else "removed", ns, key, part)
+        )
+        present = set(self.index.namespaces())
+        for ns in known - present:
+            self._tell("retired", ns)
+        for ns in present - known:
+            self._tell("registered", ns)
+        if not self.config.read_only:
+            for ns in present:
+                with contextlib.suppress(KvfsError, OSError):  # retired meanwhile, or not ours to write
+                    self.store.reap_temps(ns)
+        return counts
+
+    def refresh(self, ns: bytes, key: bytes, part: PartId) -> None:
+        """A part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
+        try:
+            header, size = self.verifier.peek(ns, key, part)
+        except (ChunkNotFound, ChunkCorrupt):
+            self._vanished(ns, key, part)
+        else:
+            self._appeared(ns, key, part, size, header.meta.tokens)
+
+    # --- asking ---
+
+    def explain(self, ns: bytes, keys: Sequence[bytes], manifest: Manifest | None = None) -> dict[str, Any]:
+        """Why a text hits or misses; see `kvfs.explain.explain`."""
+        known = {
+            other: Known(self.store.manifest(other), self.store.info(other), self.index.totals(other)[0])
+            for other in self.index.namespaces()
+        }
+        masks = self.index.masks(ns, keys) if ns in known else []
+        return explain(ns, keys, masks, known, manifest)
+
+    def stats(self) -> dict[str, Any]:
+        """What the store holds and what has been counted since the start, ready for JSON."""
+        chunks, total = self.index.totals()
+        counted = self.metrics.snapshot()
+        lookups, published = counted.get("kvfs_lookup_total", {}), counted.get("kvfs_publish_total", {})
+        quarantined = counted.get("kvfs_quarantined_total", {})
+        space = os.statvfs(self.store.path)
+        return {
+            "version": kvfs.__version__,
+            "store": str(self.store.path),
+            "uptime": time.monotonic() - self._started,
+            "chunks": chunks,
+            "bytes": total,
+            "free": space.f_bavail * space.f_frsize,
+            "namespaces": [self._namespace_stats(ns) for ns in self.index.namespaces()],
+            "hits": int(lookups.get("result=hit", 0)),
+            "misses": int(lookups.get("result=miss", 0)),
+            "leases": len(self.leases),
+            "publishes": int(published.get("result=created", 0)),
+            "drops": int(published.get("result=refused", 0)),
+            "quarantined": {label.partition("=")[2]: int(n) for label, n in quarantined.items()},
+            "metrics": counted,
+        }
+
+    def _namespace_stats(self, ns: bytes) -> dict[str, Any]:
+        info = self.store.info(ns)
+        chunks, size = self.index.totals(ns)
+        return {
+            "ns": ns.hex(),
+            "name": info.get("name"),
+            "revision": info.get("revision"),
+            "chunks": chunks,
+            "bytes": size,
+        }

@@ -1,0 +1,119 @@
+"""Who holds which chunks.  A lease belongs to a holder (one connection) and ends with it."""
+
+import contextlib
+import threading
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+
+from kvfs.errors import ChunkNotFound, StoreBusy, StoreFull
+
+__all__ = ["Leases"]
+
+MAX_LEASES = 65536
+"""Leases of one holder; one that never releases must not fill the daemon's memory."""
+SETTLE = 5.0
+"""Seconds after a restart in which clients may claim again what they held; nothing is evicted meanwhile."""
+
+Chunk = tuple[bytes, bytes]
+"""Namespace and key."""
+
+
+class Leases:
+    """Claims on chunks, counted per chunk.  Thread-safe.
+
+    ``resumed``: holders of an earlier worker are about to claim again what they hold.
+    """
+
+    def __init__(self, resumed: bool = False) -> None:
+        self._lock = threading.Lock()
+        self._held: dict[Hashable, dict[int, frozenset[Chunk]]] = {}
+        self._count: Counter[Chunk] = Counter()
+        self._going: set[bytes | Chunk] = set()  # namespaces and chunks being removed: not to be claimed
+        self._settled = time.monotonic() + (SETTLE if resumed else 0.0)
+
+    def grant(self, holder: Hashable, lease: int, ns: bytes, keys: Sequence[bytes]) -> None:
+        """Claim chunks for ``holder`` under its number ``lease``, in place of what that number claimed before.
+
+        ChunkNotFound for a chunk that is being removed; StoreFull for a holder with too many leases.
+        """
+        chunks = frozenset((ns, key) for key in keys)
+        with self._lock:
+            if self._going and (ns in self._going or not self._going.isdisjoint(chunks)):
+                raise ChunkNotFound(f"{ns.hex()[:12]}, being removed")
+            own = self._held.setdefault(holder, {})
+            if len(own) >= MAX_LEASES and lease not in own:
+                raise StoreFull(f"more than {MAX_LEASES} leases of one client")
+            self._drop(own.pop(lease, frozenset()))
+            own[lease] = chunks
+            self._count.update(chunks)
+
+    def release(self, holder: Hashable, lease: int) -> None:
+        """End a lease; one that is unknown has ended already."""
+        with self._lock:
+            own = self._held.get(holder, {})
+            self._drop(own.pop(lease, frozenset()))
+            if not own:
+                self._held.pop(holder, None)
+
+    def drop(self, holder: Hashable) -> None:
+        """End all leases of a holder."""
+        with self._lock:
+            for chunks in self._held.pop(holder, {}).values():
+                self._drop(chunks)
+
+    def _drop(self, chunks: frozenset[Chunk]) -> None:
+        for chunk in chunks:
+            self._count[chunk] -= 1
+            if not self._count[chunk]:
+                del self._count[chunk]
+
+    def held(self, ns: bytes, key: bytes) -> int:
+        """How many leases claim a chunk."""
+        with self._lock:
+            return self._count[ns, key]
+
+    def holds(self, holder: Hashable, ns: bytes, key: bytes) -> bool:
+        """Whether one of the holder's leases claims the chunk."""
+        with self._lock:
+            return any((ns, key) in chunks for chunks in self._held.get(holder, {}).values())
+
+    @contextlib.contextmanager
+    def removing(self, ns: bytes, key: bytes | None = None) -> Iterator[None]:
+        """While a chunk, or all of a namespace, is removed: nobody can claim it.
+
+        StoreBusy if somebody has, or may be about to claim it again after a restart.
+        """
+        target: bytes | Chunk = ns if key is None else (ns, key)
+        what = f"namespace {ns.hex()[:12]}" if key is None else f"chunk {key.hex()[:12]}"
+        with self._lock:
+            claims = (
+                self._count[ns, key] if key is not None else sum(n for (of, _), n in self._count.items() if of == ns)
+            )
+            if claims:
+                raise StoreBusy(what, f"{claims} leases")
+            if not self.settled:
+                raise StoreBusy(what, "readers of before the restart, perhaps")
+            self._going.add(target)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._going.discard(target)
+
+    @property
+    def settled(self) -> bool:
+        """Whether what is not held is free: holders of before a restart have had their time."""
+        return time.monotonic() >= self._settled
+
+    def __len__(self) -> int:
+        """How many chunks are claimed."""
+        with self._lock:
+            return len(self._count)
+
+    def check_integrity(self) -> None:
+        """AssertionError if the counts are not those of the leases; for tests."""
+        with self._lock:
+            counted = Counter(chunk for own in self._held.values() for chunks in own.values() for chunk in chunks)
+            assert counted == self._count
+            assert all(self._held.values())
