@@ -43,6 +43,8 @@ TAIL_STEP = 16
 MAX_HEAD_SLICES = 8
 MAX_PARTS = 64
 """Parts of a chunk: presence is one bit each of a 64-bit mask."""
+MAX_SIZE = 1 << 16
+"""Bound of every dimension and layer index: a manifest from anybody must not stand for sizes that overflow."""
 
 _NS_DOMAIN = b"kvfs-ns/1\0"
 _CHAIN_DOMAIN = b"kvfs-chain/1\0"
@@ -99,6 +101,9 @@ class GroupKind:
     def __post_init__(self) -> None:
         if not _KIND.fullmatch(self.name):
             raise IdentityError(f"{self.name!r} is not a group kind (full, swa<w>, chunked<w>, mla)")
+        numbers = (self.kv_heads, self.head_dim, self.head_dim_v, *self.layers)
+        if any(type(n) is not int or n >= MAX_SIZE for n in numbers):
+            raise IdentityError(f"{self.name}: dimensions and layers must be whole numbers below {MAX_SIZE}")
         if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
             raise IdentityError(f"layers of {self.name} must be ascending and not empty")
         if min(self.kv_heads, self.head_dim) < 1 or self.head_dim_v < 0:
@@ -143,6 +148,10 @@ class Manifest:
             raise IdentityError(f"kv_dtype {self.kv_dtype!r} is not one of {', '.join(KV_DTYPES)}")
         if self.fidelity not in ("exact", "lossy"):
             raise IdentityError(f"fidelity {self.fidelity!r} is neither exact nor lossy")
+        if not isinstance(self.config, Mapping):
+            raise IdentityError("config must be an object")
+        if any(type(n) is not int or not 1 <= n < MAX_SIZE for n in (self.chunk_tokens, self.layer_slices)):
+            raise IdentityError(f"chunk_tokens and layer_slices must be whole numbers below {MAX_SIZE}")
         if self.chunk_tokens < TAIL_STEP or self.chunk_tokens % TAIL_STEP or self.chunk_tokens > 4096:
             raise IdentityError(f"chunk_tokens must be a multiple of {TAIL_STEP} up to 4096, not {self.chunk_tokens}")
         if (self.layout, self.key_domain) != (LAYOUT, KEY_DOMAIN):

@@ -1,0 +1,120 @@
+"""Runs one vLLM engine through a list of operations, in a process of its own. Not a test: t6 tests start it.
+
+    python -m tests.engine JOB.json OUT.jsonl
+
+JOB is ``{"model": folder, "llm": {LLM keywords}, "connector": {kv_transfer_config} or null, "ops": [...]}``; each op is
+``{"do": name, ...}`` (see the functions below), and each writes one line to OUT as it ends. The engine's processes are
+ended by their ids and this one by ``os._exit``: vLLM's own way out walks /proc, which a stuck mount can block.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]
+
+
+def generate(llm: Any, op: dict[str, Any]) -> Result:
+    """Answer ``prompts`` (``{"ids", "max_tokens", "params", "logprobs"}``) at once, greedily."""
+    from vllm import SamplingParams
+
+    prompts, sampling = [], []
+    for p in op["prompts"]:
+        prompts.append({"prompt_token_ids": p["ids"]} | ({"cache_salt": p["salt"]} if p.get("salt") else {}))
+        sampling.append(
+            SamplingParams(
+                max_tokens=p.get("max_tokens", 4),
+                temperature=0,
+                ignore_eos=True,
+                logprobs=p.get("logprobs"),
+                extra_args={"kv_transfer_params": p["params"]} if p.get("params") else None,
+            )
+        )
+    began = time.perf_counter()
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    seconds = time.perf_counter() - began
+    return {
+        "seconds": seconds,
+        "outputs": [
+            {"ids": list(o.outputs[0].token_ids), "cached": o.num_cached_tokens, "reason": o.outputs[0].finish_reason}
+            for o in outputs
+        ],
+    }
+
+
+def reset(llm: Any, op: dict[str, Any]) -> Result:
+    """Empty the engine's own prefix cache; with ``connector`` the connector's too."""
+    return {"ok": llm.reset_prefix_cache(reset_connector=op.get("connector", False))}
+
+
+def sleep(llm: Any, op: dict[str, Any]) -> Result:
+    """Wait ``seconds``."""
+    time.sleep(op["seconds"])
+    return {}
+
+
+def abort(llm: Any, op: dict[str, Any]) -> Result:
+    """Start ``ids`` under the request id ``name`` (digits), and abort it after ``seconds``."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    engine.add_request(op["name"], {"prompt_token_ids": op["ids"]}, SamplingParams(max_tokens=4, temperature=0))
+    time.sleep(op["seconds"])
+    engine.abort_request([op["name"]])
+    return {}
+
+
+def signal_daemon(llm: Any, op: dict[str, Any]) -> Result:
+    """Send ``signal`` to the worker of the daemon whose keeper is ``keeper``, and with ``both`` to the keeper too."""
+    keeper = op["keeper"]
+    children = Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    for pid in [*([keeper] if op.get("both") else []), *map(int, children)]:
+        os.kill(pid, getattr(signal, op["signal"]))
+    return {"children": children}
+
+
+DO = {"generate": generate, "reset": reset, "sleep": sleep, "abort": abort, "signal": signal_daemon}
+
+
+def main() -> None:
+    """Start the engine, run the operations, leave."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    from vllm import LLM
+
+    began = time.perf_counter()
+    keywords = {
+        "dtype": "bfloat16",
+        "enforce_eager": True,
+        "seed": 0,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 4096,
+        "disable_log_stats": True,
+    } | job.get("llm", {})
+    llm = LLM(model=job["model"], kv_transfer_config=job.get("connector"), **keywords)
+    with Path(sys.argv[2]).open("a") as out:
+
+        def tell(result: Result) -> None:
+            out.write(json.dumps(result) + "\n")
+            out.flush()
+
+        tell({"ready": time.perf_counter() - began})
+        for op in job["ops"]:
+            tell(DO[op["do"]](llm, op))
+    llm.llm_engine.engine_core.shutdown()
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join(10)
+        if child.is_alive():
+            child.kill()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The vLLM connector: its scheduler half and its worker half. Imported as ``kvfs.vllm_hook``."""

@@ -1,0 +1,262 @@
+"""Loads into an engine's blocks: threads that read, and a watchdog that gives up what takes too long.
+
+A load is reported exactly once, and a failure only when nothing writes into its blocks any more: after that report the
+engine gives them to someone else. A read that hangs cannot be interrupted; its thread is left to itself and replaced.
+"""
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kvfs import _native
+from kvfs.chunk import open_part
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError
+from kvfs.identity import Manifest, PartId
+from kvfs.vllm_hook.copying import Copy, single_threaded
+from kvfs.vllm_hook.jobs import Load, LoadPart
+from kvfs.vllm_hook.layout import PagedKV
+from kvfs.vllm_hook.stats import Counts
+
+__all__ = ["Loader"]
+
+log = logging.getLogger(__name__)
+
+MAX_STUCK = 8
+"""Threads left in reads that hang; beyond it loads fail at once until one comes back."""
+REPORT_TIMEOUT = 1.0
+
+CANCELLED = "cancelled"
+"""Of an attempt whose load was ended meanwhile: whoever did that has reported why."""
+REASONS: dict[type[Exception], str] = {
+    ChunkNotFound: "missing",
+    ChunkCorrupt: "corrupt",
+    DaemonUnavailable: "unavailable",
+    DeadlineExceeded: "deadline",
+}
+"""Why loads fail, as the label of a metric; anything else is an ``error``."""
+
+Ref = tuple[LoadPart, PartId]
+
+
+@dataclass(eq=False)
+class Active:
+    """A load under way. ``left`` counts the batches that its threads have not finished."""
+
+    load: Load
+    manifest: Manifest
+    table: npt.NDArray[np.int64]
+    deadline: float
+    submitted: float
+    left: int
+    token: _native.CancelToken = field(default_factory=_native.CancelToken)
+    ended: bool = False
+    moved_at: float | None = None
+    moved: int = 0
+    threads: set[threading.Thread] = field(default_factory=set)
+
+
+class Loader:
+    """The loads of one rank. ``stall`` and ``longest`` are deadlines in seconds (see `Settings`)."""
+
+    def __init__(self, client: Any, kv: PagedKV, copy: Copy, counts: Counts, stall: float, longest: float) -> None:
+        self._client, self._kv, self._copy, self._counts = client, kv, copy, counts
+        self._stall, self._longest = stall, longest
+        self._queue: queue.SimpleQueue[tuple[Active, list[Ref]] | None] = queue.SimpleQueue()
+        self._changed = threading.Condition()  # guards all that follows
+        self._active: dict[str, Active] = {}
+        self._done: set[str] = set()
+        self._failed: set[str] = set()
+        self._stuck: set[threading.Thread] = set()
+        self._closed = False
+        self._width = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        for _ in range(self._width):
+            self._start_thread()
+        threading.Thread(target=self._watch, name="kvfs-watchdog", daemon=True).start()
+
+    def submit(self, load: Load, manifest: Manifest | None) -> None:
+        """Begin a load; what becomes of it is told by `take`."""
+        if manifest is None or not load.parts:
+            self.fail(load.request, "refused")
+            return
+        refs = [(part, where) for part in load.parts for where in self._kv.loads if where.kind in part.kinds]
+        batches = [b for i in range(self._width) if (b := refs[i :: self._width])]
+        table = self._kv.tables(load.block_ids)
+        now = time.monotonic()
+        with self._changed:
+            if len(self._stuck) >= MAX_STUCK:
+                self._count_failure(load.request, "stuck")
+                return
+            ahead = sum(a.load.seconds for a in self._active.values())
+            deadline = now + max(self._longest, 2 * (ahead + load.seconds))
+            active = Active(load, manifest, table, deadline, now, len(batches))
+            self._active[load.request] = active
+            self._changed.notify_all()
+        for batch in batches:
+            self._queue.put((active, batch))
+
+    def fail(self, request: str, reason: str) -> None:
+        """Report a load as failed, after ending what is under way of it."""
+        with self._changed:
+            active = self._active.get(request)
+            if active is None:
+                self._count_failure(request, reason)
+                return
+        self._end(active, reason)
+
+    def take(self) -> tuple[set[str], set[str]]:
+        """Loads that have ended since the last call, and which of them failed."""
+        if not self._done:  # the usual case in every step of the engine
+            return set(), set()
+        with self._changed:
+            done, failed = self._done, self._failed
+            self._done, self._failed = set(), set()
+        return done, failed
+
+    def close(self) -> None:
+        """Give up every load and end the threads; those in a read that hangs are left behind."""
+        with self._changed:
+            self._closed, active = True, list(self._active.values())
+            self._changed.notify_all()
+        for each in active:
+            self._end(each, "shutdown")
+        for _ in range(self._width):
+            self._queue.put(None)
+
+    # --- ending ---
+
+    def _end(self, active: Active, reason: str | None) -> None:
+        """Report the end of a load, unless it was; ``reason`` says why it failed."""
+        if reason is not None:
+            active.token.cancel()  # on return nothing is written into its blocks
+        with self._changed:
+            if active.ended:
+                return
+            active.ended = True
+            del self._active[active.load.request]
+            if reason is not None:
+                self._replace(active.threads)
+                self._count_failure(active.load.request, reason)
+                return
+            self._done.add(active.load.request)
+        self._counts.add("loads", 1)
+        self._counts.add("load_bytes", active.token.progress)
+        self._counts.add("load_seconds", time.monotonic() - active.submitted)
+
+    def _count_failure(self, request: str, reason: str) -> None:
+        self._done.add(request)
+        self._failed.add(request)
+        self._counts.add("load_failures", 1, reason)
+
+    def _replace(self, threads: set[threading.Thread]) -> None:
+        """The threads of a load given up may be stuck: leave them, and start others."""
+        for thread in () if self._closed else threads - {threading.current_thread()}:
+            self._stuck.add(thread)
+            self._start_thread()
+
+    # --- threads ---
+
+    def _start_thread(self) -> None:
+        threading.Thread(target=self._run, name="kvfs-load", daemon=True).start()
+
+    def _run(self) -> None:
+        me = threading.current_thread()
+        single_threaded()
+        while (task := self._queue.get()) is not None:
+            active, refs = task
+            with self._changed:
+                if active.ended:
+                    continue
+                active.threads.add(me)
+                active.moved_at = active.moved_at or time.monotonic()
+            with contextlib.ExitStack() as later:  # what is not needed to report the end of the load
+                reason = self._attempt(active, refs, later)
+                with self._changed:
+                    active.threads.discard(me)
+                    active.left -= 1
+                    finished = active.left == 0
+                    replaced = me in self._stuck
+                    self._stuck.discard(me)
+                if reason != CANCELLED and (reason or finished):
+                    self._end(active, reason)
+            if replaced:
+                return
+
+    def _attempt(self, active: Active, refs: Sequence[Ref], later: contextlib.ExitStack) -> str | None:
+        """Load a batch; returns why it failed. ``later`` gets what remains to be done: ending the lease, and reporting
+        parts that were read here first."""
+        try:
+            self._batch(active, refs, later)
+        except InterruptedError:
+            return CANCELLED
+        except (KvfsError, OSError) as e:
+            log.log(logging.WARNING if isinstance(e, ChunkCorrupt) else logging.DEBUG, "kvfs: load failed: %s", e)
+            return next((slug for kind, slug in REASONS.items() if isinstance(e, kind)), "error")
+        except Exception:  # a thread of the hook's outer boundary
+            log.exception("kvfs: a load failed")
+            return "error"
+        return None
+
+    def _batch(self, active: Active, refs: Sequence[Ref], later: contextlib.ExitStack) -> None:
+        ns = active.load.ns
+        wanted = [(part.key, where) for part, where in refs]
+        lease = later.enter_context(self._client.lease(ns, wanted, timeout=self._stall))
+        for (part, where), leased in zip(refs, lease.parts, strict=True):
+            try:
+                self._part(active, part, where, os.dup(leased.fd), verify=not leased.verified)
+            except ChunkCorrupt as e:
+                later.callback(self._report, ns, part.key, where, e.reason)
+                raise
+            if not leased.verified:
+                later.callback(self._report, ns, part.key, where, None)
+
+    def _part(self, active: Active, part: LoadPart, where: PartId, fd: int, verify: bool) -> None:
+        load = active.load
+        with open_part(fd, active.manifest, part.key, where) as file:
+            header = file.header
+            if (header.meta.position, header.meta.tokens) != (part.position, part.tokens):
+                raise ChunkCorrupt(file.name, "wrong-shape", f"tokens {header.meta.position}+{header.meta.tokens}")
+            first = max(load.first[where.kind] - part.position, 0)
+            last = min(load.n - part.position, part.tokens)
+            sums = header.sums if verify else None
+            self._copy.load(file, active.manifest, where, active.table, first, last, sums, active.token)
+
+    def _report(self, ns: bytes, key: bytes, where: PartId, reason: str | None) -> None:
+        try:
+            self._client.report(ns, key, where, reason, timeout=REPORT_TIMEOUT)
+        except (KvfsError, OSError) as e:  # it will be verified again, by someone
+            log.debug("report of %s.%s failed: %s", key.hex(), where, e)
+
+    # --- deadlines ---
+
+    def _watch(self) -> None:
+        pause = min(self._stall / 10, 0.05)
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._active or self._closed)
+                if self._closed:
+                    return
+                active = list(self._active.values())
+            now = time.monotonic()
+            for each in active:
+                if (reason := self._overdue(each, now)) is not None:
+                    log.warning("kvfs: a load is given up (%s) after %.2f s", reason, now - each.submitted)
+                    self._end(each, reason)
+            time.sleep(pause)
+
+    def _overdue(self, active: Active, now: float) -> str | None:
+        if now > active.deadline:
+            return "deadline"
+        if active.moved_at is None:
+            return None
+        if (moved := active.token.progress) != active.moved:
+            active.moved, active.moved_at = moved, now
+        return "stall" if now - active.moved_at > self._stall else None
