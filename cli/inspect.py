@@ -52,8 +52,41 @@ def status_lines(target: Target, stats: dict[str, Any]) -> list[tuple[str, str]]
                 "quarantined",
                 ", ".join(f"{count:,} {reason}" for reason, count in stats["quarantined"].items()) or "none",
             ),
+            *eviction_lines(stats["eviction"]),
+            ("scrub", scrub_line(stats["scrub"])),
         ]
+    lost = stats["lost_found"]
+    purged = f"; {lost['purged']:,} purged to make room" if lost["purged"] else ""
+    lines.append(("lost+found", f"{lost['entries']:,} entries, {render.size(lost['bytes'])}{purged}"))
     return lines
+
+
+def eviction_lines(eviction: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what may be used and written, what is, and what was evicted or refused for it."""
+    *others, store = eviction["budgets"]
+    lines = [("budget", f"{of_limit(store['used'], store['limit'])}, {render.size(eviction['min_free'])} to stay free")]
+    lines += [("", f"{of_limit(each['used'], each['limit'])} in {each['namespaces']} namespaces") for each in others]
+    for what in ("evicted", "refused"):
+        counts = ", ".join(f"{count:,} {reason}" for reason, count in eviction[what].items())
+        lines.append((what, counts or "none"))
+    limit, written = eviction["write_budget"], eviction["written_day"]
+    today = render.size(written) if limit is None else of_limit(written, limit)
+    lines.append(("written", f"{today} in 24 h, {eviction['drive_writes_per_day']:.2g} drive writes a day"))
+    return lines
+
+
+def of_limit(used: int, limit: int) -> str:
+    """Return how much of what may be used is."""
+    return f"{render.size(used)} of {render.size(limit)} ({used / max(1, limit):.0%})"
+
+
+def scrub_line(scrub: dict[str, Any]) -> str:
+    """Return how far the daemon's own check of everything has come."""
+    if not scrub["rate"]:
+        return "off"
+    since = scrub["complete_since"]
+    passed = f"every part read since {render.ago(since)}" if since else "first pass"
+    return f"{passed}; {render.size(scrub['bytes'])} read, {scrub['damaged']:,} damaged since the start"
 
 
 @click.command(short_help="List namespaces, or the chunks of one.")
@@ -98,6 +131,7 @@ def chunk_json(chunk: Chunk) -> dict[str, Any]:
         "form": chunk.form,
         "hits": chunk.hits,
         "last_use": chunk.last,
+        "pinned": chunk.pinned,
         "parts": {str(part): size for part, size in sorted(chunk.parts.items())},
     }
 
@@ -161,6 +195,7 @@ def show(key: str, at: Path | None, as_json: bool) -> None:
             ("form", chunk.form),
             ("hits", f"{chunk.hits:,}"),
             ("last use", render.ago(chunk.last)),
+            *([("pinned", "with all before it in its text")] if chunk.pinned else []),
             ("", ""),
         ]
     )

@@ -8,7 +8,7 @@ import os
 import click
 
 import kvfs
-from kvfs.cli import doctor, explain, inspect, maintain, mount, setup
+from kvfs.cli import doctor, evict, explain, fsck, inspect, maintain, mount, quarantine, setup, sim
 from kvfs.cli.boundary import Group
 
 
@@ -26,13 +26,20 @@ for command in (
     setup.init,
     mount.mount,
     mount.umount,
+    mount.reload,
     inspect.status,
     inspect.ls,
     inspect.show,
     inspect.ns,
     explain.explain,
     maintain.verify,
+    fsck.fsck,
+    quarantine.quarantine,
     maintain.retire,
+    evict.evict,
+    evict.pin,
+    evict.unpin,
+    sim.sim,
     doctor.doctor,
     setup.config_group,
     setup.vllm_config,

@@ -134,9 +134,26 @@ def mount_helper(
 @click.option("-l", "--lazy", is_flag=True, help="Detach now, even while files are open; clean up when they close.")
 def umount(mountpoint: Path | None, lazy: bool) -> None:
     """Unmount MOUNTPOINT and end its daemon. Without -l a mount in use stays."""
+    from kvfs.daemon import keeper
+
+    keeper.umount(_named(mountpoint), lazy)
+
+
+@click.command(short_help="Have a fresh worker take over a mount.")
+@click.argument("mountpoint", required=False, type=click.Path(path_type=Path))
+def reload(mountpoint: Path | None) -> None:
+    """Replace the worker behind MOUNTPOINT by a fresh one, of the version that is installed now.
+
+    Readers, maps and leases go on; a file being copied in fails at its close. Settings stay those of the mount.
+    """
+    from kvfs.client import MountClient
+
+    with MountClient(_named(mountpoint)) as client:
+        client.reload()
+
+
+def _named(mountpoint: Path | None) -> Path:
     point = mountpoint or config.load().mountpoint
     if point is None:
         raise ConfigError("no mount point is named; give it as the argument")
-    from kvfs.daemon import keeper
-
-    keeper.umount(point, lazy)
+    return point

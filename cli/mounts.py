@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from kvfs.daemon.fuse import connection
+from kvfs.errors import MountError
 
 
 def filesystem_of(folder: Path) -> str:
@@ -19,6 +20,14 @@ def mounted_stores() -> list[Path]:
     """Return the mount points of all kvfs mounts."""
     points = [mount.point for mount in connection.mounts() if mount.fstype == connection.FSTYPE]
     return list(dict.fromkeys(points))
+
+
+def store_of(mountpoint: Path) -> Path:
+    """Return the folder of the store that is mounted there; MountError if none is."""
+    there = connection.mounted_at(mountpoint)
+    if there is None:
+        raise MountError(mountpoint, "nothing is mounted there any more")
+    return Path(there.source)
 
 
 def locate(path: Path) -> tuple[Path, bool]:

@@ -46,6 +46,7 @@ class Chunk:
     form: str
     hits: int
     last: float
+    pinned: bool
 
     @property
     def size(self) -> int:
@@ -61,6 +62,7 @@ class Usage:
     form: str = "raw"
     hits: int = 0
     last: float = 0.0
+    pinned: bool = False
 
 
 Remember = Callable[[bytes, bytes, "PartId"], Usage]
@@ -146,7 +148,7 @@ class Target:
             part = min(sizes)
             usage = self.remember(ns, key, part)
             tokens = usage.tokens or self.tokens(ns, key, part)
-            chunks.append(Chunk(key, sizes, tokens, usage.form, usage.hits, usage.last))
+            chunks.append(Chunk(key, sizes, tokens, usage.form, usage.hits, usage.last, usage.pinned))
         return sorted(chunks, key=lambda chunk: (-chunk.last, chunk.key))
 
     def tokens(self, ns: bytes, key: bytes, part: PartId) -> int:
@@ -182,7 +184,7 @@ def from_snapshot(store: Store) -> Remember:
 
     def remember(ns: bytes, key: bytes, _: PartId) -> Usage:
         row = index.get(ns, key)
-        return Usage(tokens=row.tokens, hits=row.hits, last=row.last) if row else Usage()
+        return Usage(row.tokens, hits=row.hits, last=row.last, pinned=row.pinned) if row else Usage()
 
     return remember
 
@@ -199,7 +201,7 @@ def from_xattrs(mounted: Store) -> Remember:
 
         try:
             tokens, hits, last = int(attribute("tokens")), int(attribute("hits")), float(attribute("last_hit"))
-            return Usage(tokens, attribute("form"), hits, last)
+            return Usage(tokens, attribute("form"), hits, last, attribute("pinned") == "1")
         except FileNotFoundError:  # removed meanwhile
             return Usage()
 

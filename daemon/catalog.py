@@ -11,9 +11,15 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import kvfs
+from kvfs.chunk import PartMeta
 from kvfs.config import Config
+from kvfs.daemon.admission import Admission
+from kvfs.daemon.evict import Evictor, Freed
+from kvfs.daemon.figures import figures
 from kvfs.daemon.leases import Leases
+from kvfs.daemon.policy import POLICIES
+from kvfs.daemon.trace import Trace
+from kvfs.daemon.wear import Wear
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
 from kvfs.explain import Known, explain
 from kvfs.identity import Manifest, PartId
@@ -42,18 +48,29 @@ class Catalog:
 
     def __init__(self, store: Store, config: Config, metrics: Metrics, resumed: bool = False) -> None:
         self.store, self.config, self.metrics = store, config, metrics
-        self.index = Index(store)
+        self.index = Index(store, POLICIES[config.policy])
         self.leases = Leases(resumed)
         self.verifier = Verifier(store, always=config.verify == "always")
         self._verified_path = store.derived / f"verified.{socket.gethostname()}"
         self._listeners: list[Listener] = []
-        self._started = time.monotonic()
+        self.last_use = 0.0
+        """When somebody last read or published anything, in monotonic seconds."""
+        store.lost.limit = config.quarantine_limit
+        self.started = time.monotonic()
         self.verifier.load(self._verified_path)
         if not self.index.load():
             self.index.reconcile()
+        self.evictor = Evictor(store, self.index, self.leases, config, self._evicted, self._lost)
+        daily = config.write_budget and config.write_budget.of(self.evictor.total)
+        self.wear = Wear(store.derived / f"written.{socket.gethostname()}", daily)
+        self.admission = Admission(self.verifier, self.evictor, self.wear, metrics)
+        self._trace = Trace(config.trace) if config.trace else None
+        metrics.budget.set_function(lambda: self.evictor.accounts[-1].limit)
+        metrics.written.set_function(self.wear.today)
         metrics.chunks.set_function(lambda: self.index.totals()[0])
         metrics.bytes.labels("raw").set_function(lambda: self.index.totals()[1])
         metrics.leases.set_function(lambda: len(self.leases))
+        metrics.lost_bytes.set_function(lambda: store.lost.totals()[1])
 
     def on_change(self, listener: Listener) -> None:
         """Call ``listener`` after each change, from the thread that made it.  It must be quick and not raise."""
@@ -69,15 +86,25 @@ class Catalog:
             try:
                 self.index.save()
                 self.verifier.save(self._verified_path)
+                self.wear.save()
             except OSError as e:
                 log.warning("no snapshot in %s: %s; the next start will list the store", self.store.derived, e.strerror)
+
+    def close(self) -> None:
+        """End the evictor, save, and close the trace."""
+        self.evictor.close()
+        self.save()
+        if self._trace:
+            self._trace.close()
 
     # --- reading ---
 
     def lookup(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
         """The presence mask of each key, 0 for absent; NamespaceNotFound."""
-        masks = self.index.masks(ns, keys)
+        masks = self.index.look(ns, keys)
         misses = masks.count(0)
+        if self._trace:
+            self._trace.looked(ns, keys)
         self.metrics.lookup.labels("hit").inc(len(masks) - misses)
         self.metrics.lookup.labels("miss").inc(misses)
         return masks
@@ -88,6 +115,7 @@ class Catalog:
         With ``verify`` a part not known to be whole is read in full first, and put into quarantine if it is not:
         ChunkCorrupt.  ChunkNotFound.
         """
+        self.last_use = time.monotonic()
         return self._open(ns, key, part, verify)
 
     def _open(self, ns: bytes, key: bytes, part: PartId, verify: bool, again: bool = False) -> int:
@@ -111,6 +139,7 @@ class Catalog:
         ChunkNotFound for the first that is missing, ChunkCorrupt; whether a part is whole is for the reader to
         check unless it is known.
         """
+        self.last_use = time.monotonic()
         keys = list(dict.fromkeys(key for key, _ in refs))
         self.leases.grant(holder, lease, ns, keys)
         opened: list[Opened] = []
@@ -162,7 +191,9 @@ class Catalog:
         """What turned out to be missing or damaged is no longer shown to anyone."""
         if isinstance(error, ChunkCorrupt):
             if not self.config.read_only:
+                purged = self.store.lost.purged
                 self.verifier.quarantine(ns, key, part, error)
+                self.metrics.purged.inc(self.store.lost.purged - purged)
             self.metrics.quarantined.labels(error.reason).inc()
             log.warning("%s; it is in lost+found", error)
         self._vanished(ns, key, part)
@@ -192,28 +223,34 @@ class Catalog:
             self._tell("registered", ns)
         return ns
 
-    def reserve(self, ns: bytes, nbytes: int) -> Temp:
-        """A temp file to write a part of ``nbytes`` into; NamespaceNotFound, StoreFull, StoreReadOnly."""
+    def reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Temp:
+        """A temp file to write a part of ``nbytes`` of the chunk ``key`` into; NamespaceNotFound, StoreReadOnly,
+        StoreFull, which says what is used up."""
         self._writable()
-        return self.verifier.reserve(ns, nbytes)
+        return self.admission.reserve(ns, nbytes, key)
 
     def discard(self, ns: bytes, temp: str) -> None:
         """Give up a temp file; it, or its namespace, may be gone already."""
         with contextlib.suppress(NamespaceNotFound):
-            self.store.discard(ns, temp)
+            self.admission.discard(ns, temp)
 
     def publish_file(self, ns: bytes, temp: str, key: bytes, part: PartId) -> bool:
         """Check a written temp file and make it a part; raises as `Verifier.admit`.  True if the part is new."""
+        self.last_use = time.monotonic()
         try:
             self._writable()
-            admitted = self.verifier.admit(ns, temp, key, part)
+            admitted = self.admission.admit(ns, temp, key, part)
+            self._appeared(ns, key, part, admitted.size, admitted.meta)
         except KvfsError:
             self.metrics.publish.labels("refused").inc()
             raise
+        finally:
+            self.admission.end(temp)
         self.metrics.publish.labels("created" if admitted.created else "exists").inc()
         if admitted.created:
             self.metrics.published_bytes.inc(admitted.size)
-        self._appeared(ns, key, part, admitted.size, admitted.tokens)
+            if self._trace:
+                self._trace.stored(admitted.meta, admitted.size)
         return admitted.created
 
     def import_file(self, ns: bytes, temp: str, name: str) -> bool:
@@ -224,8 +261,8 @@ class Catalog:
             raise IdentityError(f"{name!r} is not the name of a part (<key>.<kind>.h<slice>.safetensors)")
         return self.publish_file(ns, temp, *named)
 
-    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, tokens: int) -> None:
-        if self.index.add(ns, key, part, size, tokens):
+    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta) -> None:
+        if self.index.add(ns, key, part, size, meta):
             self._tell("added", ns, key, part)
 
     def remove_chunk(self, ns: bytes, key: bytes) -> bool:
@@ -235,11 +272,32 @@ class Catalog:
         with self.leases.removing(ns, key):
             self.store.remove(ns, key, manifest.parts)
             self.index.discard(ns, key)
+        self._gone(ns, key, mask, "request")
+        return mask != 0
+
+    def _gone(self, ns: bytes, key: bytes, mask: int, reason: str) -> None:
+        manifest = self.store.manifest(ns)
         for part in manifest.parts:
             if mask & manifest.bit(part):
-                self.metrics.removed.labels("request").inc()
+                self.metrics.removed.labels(reason).inc()
                 self._tell("removed", ns, key, part)
-        return mask != 0
+
+    def _evicted(self, ns: bytes, key: bytes, mask: int, reason: str) -> None:
+        self.metrics.evicted.labels(reason).inc()
+        self._gone(ns, key, mask, "evicted")
+
+    def evict(self, ns: bytes | None, nbytes: int) -> Freed:
+        """Remove the least useful chunks, of one namespace or all, until ``nbytes`` are free or none may go."""
+        self._writable()
+        return self.evictor.evict(self.index.namespaces() if ns is None else [ns], nbytes, "request")
+
+    def pin(self, ns: bytes, key: bytes, pinned: bool) -> None:
+        """Keep a chunk, and what comes before it in its text, from eviction, or end that; ChunkNotFound.  Remembered in
+        the snapshot."""
+        self._writable()
+        if not self.index.pin(ns, key, pinned):
+            raise ChunkNotFound(key.hex())
+        self.save()
 
     def retire(self, ns: bytes) -> int:
         """Remove a namespace and all its chunks; returns how many there were.  StoreBusy while one is leased."""
@@ -279,7 +337,7 @@ class Catalog:
         except (ChunkNotFound, ChunkCorrupt):
             self._vanished(ns, key, part)
         else:
-            self._appeared(ns, key, part, size, header.meta.tokens)
+            self._appeared(ns, key, part, size, header.meta)
 
     # --- asking ---
 
@@ -294,35 +352,4 @@ class Catalog:
 
     def stats(self) -> dict[str, Any]:
         """What the store holds and what has been counted since the start, ready for JSON."""
-        chunks, total = self.index.totals()
-        counted = self.metrics.snapshot()
-        lookups, published = counted.get("kvfs_lookup_total", {}), counted.get("kvfs_publish_total", {})
-        quarantined = counted.get("kvfs_quarantined_total", {})
-        space = os.statvfs(self.store.path)
-        return {
-            "version": kvfs.__version__,
-            "store": str(self.store.path),
-            "uptime": time.monotonic() - self._started,
-            "chunks": chunks,
-            "bytes": total,
-            "free": space.f_bavail * space.f_frsize,
-            "namespaces": [self._namespace_stats(ns) for ns in self.index.namespaces()],
-            "hits": int(lookups.get("result=hit", 0)),
-            "misses": int(lookups.get("result=miss", 0)),
-            "leases": len(self.leases),
-            "publishes": int(published.get("result=created", 0)),
-            "drops": int(published.get("result=refused", 0)),
-            "quarantined": {label.partition("=")[2]: int(n) for label, n in quarantined.items()},
-            "metrics": counted,
-        }
-
-    def _namespace_stats(self, ns: bytes) -> dict[str, Any]:
-        info = self.store.info(ns)
-        chunks, size = self.index.totals(ns)
-        return {
-            "ns": ns.hex(),
-            "name": info.get("name"),
-            "revision": info.get("revision"),
-            "chunks": chunks,
-            "bytes": size,
-        }
+        return figures(self)

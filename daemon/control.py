@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import kvfs
@@ -22,6 +23,7 @@ from kvfs.errors import (
     ProtocolError,
     StoreFull,
     StoreReadOnly,
+    Unsupported,
 )
 from kvfs.identity import Manifest, PartId
 from kvfs.protocol import MAX_FDS, Channel, Deadline, check_request, error_reply, split_keys
@@ -61,8 +63,8 @@ class ControlServer:
     `start` returns at once; `close` ends all connections, and with them their leases and reservations.
     """
 
-    def __init__(self, catalog: Catalog, listener: socket.socket) -> None:
-        self.catalog = catalog
+    def __init__(self, catalog: Catalog, listener: socket.socket, reload: Callable[[], object] | None = None) -> None:
+        self.catalog, self._reload = catalog, reload
         self._listener = listener
         self._lock = threading.Lock()
         self._connections: dict[_Connection, threading.Thread] = {}
@@ -103,7 +105,7 @@ class ControlServer:
 
     def _serve(self, sock: socket.socket) -> None:
         peer = Peer(*struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
-        connection = _Connection(self.catalog, Channel(sock), peer)
+        connection = _Connection(self.catalog, Channel(sock), peer, self._reload)
         thread = threading.Thread(target=self._run, args=(connection,), name=f"kvfs-peer-{peer.pid}", daemon=True)
         with self._lock:
             if len(self._connections) >= MAX_CONNECTIONS or self._users[peer.uid] >= MAX_CONNECTIONS_OF_USER:
@@ -134,8 +136,9 @@ class ControlServer:
 class _Connection:
     """One peer, its leases (which are held in its name) and its reservations."""
 
-    def __init__(self, catalog: Catalog, channel: Channel, peer: Peer) -> None:
+    def __init__(self, catalog: Catalog, channel: Channel, peer: Peer, reload: Callable[[], object] | None) -> None:
         self.catalog, self.channel, self.peer = catalog, channel, peer
+        self._restart = reload
         self._reserved: dict[str, bytes] = {}
 
     def run(self) -> None:
@@ -223,10 +226,10 @@ class _Connection:
         self.catalog.report(self, ns, key, PartId.parse(part), reason)
         return {}, []
 
-    def _reserve(self, ns: bytes, nbytes: int) -> Answer:
+    def _reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Answer:
         if len(self._reserved) >= MAX_RESERVATIONS:
-            raise StoreFull(f"more than {MAX_RESERVATIONS} files of one client")
-        temp = self.catalog.reserve(ns, nbytes)
+            raise StoreFull(f"more than {MAX_RESERVATIONS} files of one client", "clients")
+        temp = self.catalog.reserve(ns, nbytes, key)
         self._reserved[temp.name] = ns
         return {"token": temp.name}, [temp.fd]
 
@@ -261,6 +264,28 @@ class _Connection:
     def _retire(self, ns: bytes) -> Answer:
         self._administer()
         return {"chunks": self.catalog.retire(ns)}, []
+
+    def _evict(self, nbytes: int, ns: bytes | None = None) -> Answer:
+        self._administer()
+        freed = self.catalog.evict(ns, nbytes)
+        return {"chunks": freed.chunks, "bytes": freed.bytes}, []
+
+    def _pin(self, ns: bytes, key: bytes, pinned: bool) -> Answer:
+        self._administer()
+        self.catalog.pin(ns, key, pinned)
+        return {}, []
+
+    def _reconcile(self) -> Answer:
+        self._administer()
+        found, gone = self.catalog.reconcile()
+        return {"found": found, "gone": gone}, []
+
+    def _reload(self) -> Answer:
+        self._administer()
+        if self._restart is None:
+            raise Unsupported("reload without a keeper: unmount, and mount again")
+        self._restart()
+        return {}, []
 
     def _administer(self) -> None:
         if self.peer.uid not in (0, os.geteuid()):

@@ -11,7 +11,9 @@ from kvfs.errors import ChunkNotFound, StoreBusy, StoreFull
 __all__ = ["Leases"]
 
 MAX_LEASES = 65536
-"""Leases of one holder; one that never releases must not fill the daemon's memory."""
+"""Leases of one holder, and chunks that they claim; one that never releases must not fill the daemon's memory."""
+MAX_CLAIMS = 1 << 20
+"""Chunks claimed by all holders together."""
 SETTLE = 5.0
 """Seconds after a restart in which clients may claim again what they held; nothing is evicted meanwhile."""
 
@@ -29,6 +31,7 @@ class Leases:
         self._lock = threading.Lock()
         self._held: dict[Hashable, dict[int, frozenset[Chunk]]] = {}
         self._count: Counter[Chunk] = Counter()
+        self._claims: Counter[Hashable] = Counter()  # chunks of each holder's leases
         self._going: set[bytes | Chunk] = set()  # namespaces and chunks being removed: not to be claimed
         self._settled = time.monotonic() + (SETTLE if resumed else 0.0)
 
@@ -41,28 +44,37 @@ class Leases:
         with self._lock:
             if self._going and (ns in self._going or not self._going.isdisjoint(chunks)):
                 raise ChunkNotFound(f"{ns.hex()[:12]}, being removed")
-            own = self._held.setdefault(holder, {})
-            if len(own) >= MAX_LEASES and lease not in own:
+            own = self._held.get(holder, {})
+            before = own.get(lease, frozenset())
+            more = len(chunks) - len(before)
+            if (len(own) >= MAX_LEASES and lease not in own) or self._claims[holder] + more > MAX_LEASES:
                 raise StoreFull(f"more than {MAX_LEASES} leases of one client")
-            self._drop(own.pop(lease, frozenset()))
+            if self._claims.total() + more > MAX_CLAIMS:
+                raise StoreFull(f"more than {MAX_CLAIMS} leased chunks")
+            self._held[holder] = own
+            self._drop(holder, before)
             own[lease] = chunks
             self._count.update(chunks)
+            self._claims[holder] += len(chunks)
 
     def release(self, holder: Hashable, lease: int) -> None:
         """End a lease; one that is unknown has ended already."""
         with self._lock:
             own = self._held.get(holder, {})
-            self._drop(own.pop(lease, frozenset()))
+            self._drop(holder, own.pop(lease, frozenset()))
             if not own:
                 self._held.pop(holder, None)
+                self._claims.pop(holder, None)
 
     def drop(self, holder: Hashable) -> None:
         """End all leases of a holder."""
         with self._lock:
             for chunks in self._held.pop(holder, {}).values():
-                self._drop(chunks)
+                self._drop(holder, chunks)
+            self._claims.pop(holder, None)
 
-    def _drop(self, chunks: frozenset[Chunk]) -> None:
+    def _drop(self, holder: Hashable, chunks: frozenset[Chunk]) -> None:
+        self._claims[holder] -= len(chunks)
         for chunk in chunks:
             self._count[chunk] -= 1
             if not self._count[chunk]:
@@ -117,3 +129,5 @@ class Leases:
             counted = Counter(chunk for own in self._held.values() for chunks in own.values() for chunk in chunks)
             assert counted == self._count
             assert all(self._held.values())
+            claims = {holder: sum(map(len, own.values())) for holder, own in self._held.items()}
+            assert claims == {holder: n for holder, n in self._claims.items() if holder in claims or n}

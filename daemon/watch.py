@@ -38,8 +38,10 @@ LIST_EVERY = 60.0
 """Seconds between listings beside inotify."""
 LIST_EVERY_ALONE = 2.0
 """Seconds between listings without it."""
-LISTING_SHARE = 0.02
-"""Of the time, at most, goes into listing: a large store is listed less often."""
+LISTING_SHARE = 0.005
+"""Of the time, at most, goes into listing beside inotify: a large store is listed less often."""
+LISTING_SHARE_ALONE = 0.02
+"""The same without it."""
 MAX_EVENTS = 8192
 """Beyond so many files in one go a listing is cheaper, and the kernel's queue of twice that may have run over."""
 _MAX_WATCHES = Path("/proc/sys/fs/inotify/max_user_watches")
@@ -95,7 +97,10 @@ class Watcher(FileSystemEventHandler):
         try:
             pause = 0.0
             while self._wait(pause):
-                pause = self._look(LIST_EVERY_ALONE if alone else LIST_EVERY)
+                if alone:
+                    pause = self._look(LIST_EVERY_ALONE, LISTING_SHARE_ALONE)
+                else:
+                    pause = self._look(LIST_EVERY, LISTING_SHARE)
         finally:
             if self._observer is not None:
                 self._observer.stop()
@@ -133,7 +138,7 @@ class Watcher(FileSystemEventHandler):
             self._wake.wait_for(lambda: self._stopping, SETTLE)
             return not self._stopping
 
-    def _look(self, every: float) -> float:
+    def _look(self, every: float, share: float) -> float:
         """Bring the index up to date; returns seconds until the next listing."""
         with self._wake:
             paths, self._paths = self._paths, set()
@@ -146,7 +151,7 @@ class Watcher(FileSystemEventHandler):
                 log.warning("cannot list %s: %s", self._root, e)
             else:
                 log.debug("listed %s: %d parts found, %d gone", self._root, found, gone)
-            self._next = begun + max(every, (time.monotonic() - begun) / LISTING_SHARE)
+            self._next = begun + max(every, (time.monotonic() - begun) / share)
         else:
             for path in paths:
                 self._refresh(Path(path))

@@ -196,7 +196,8 @@ class TextCache:
                 rows.append(t[first : first + heads, start - skipped : end - skipped])
         meta = chunk.PartMeta(self.ns, keys[end], keys[start], end - start, start, part)
         payload = device.to_bytes(rows)
-        reservation = self._client.reserve(self.ns, len(payload) + chunk.MAX_HEADER, timeout=TIMEOUT)
+        size = len(payload) + chunk.MAX_HEADER
+        reservation = self._client.reserve(self.ns, size, timeout=TIMEOUT, key=keys[end])
         with reservation:
             chunk.write_part(reservation.fd, self.manifest, meta, payload)
             self._client.publish(self.ns, reservation, keys[end], part, timeout=TIMEOUT)

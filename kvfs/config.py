@@ -8,188 +8,64 @@ write instead.
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import json
-import math
 import os
 import re
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvfs.errors import ConfigError
+from kvfs.kinds import (
+    AMOUNT,
+    BUDGETS,
+    GROUP,
+    LOOPBACK,
+    MODE,
+    MOUNT_OPTIONS,
+    OPTIONS,
+    PATH,
+    SWITCH,
+    USER,
+    Address,
+    Amount,
+    Kind,
+    duration,
+    one_of,
+    or_off,
+    share,
+    size,
+    whole,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Iterable, Mapping
+
+__all__ = [
+    "DEFAULT_FILE",
+    "ENV_FILE",
+    "ENV_PREFIX",
+    "LOOPBACK",
+    "MODE",
+    "MOUNT_OPTIONS",
+    "SETTINGS",
+    "SWITCH",
+    "Address",
+    "Amount",
+    "Config",
+    "Setting",
+    "load",
+    "nearest",
+    "to_toml",
+]
 
 DEFAULT_FILE = Path("/etc/kvfs/kvfs.toml")
 """Read when neither ``--config`` nor ``KVFS_CONFIG`` names a file; it may be missing."""
 
 ENV_PREFIX = "KVFS_"
 ENV_FILE = "KVFS_CONFIG"
-
-MOUNT_OPTIONS = {
-    "context": True,
-    "default_permissions": False,
-    "fsname": True,
-    "max_read": True,
-    "noatime": False,
-    "nodev": False,
-    "noexec": False,
-    "nosuid": False,
-}
-"""Options that `Config.fuse_options` may name, and whether each takes a ``=value``."""
-
-
-class Address(NamedTuple):
-    """A TCP address on this host."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """How one type of setting is read and written back.
-
-    ``parse`` takes what TOML, the environment or a flag gave and raises TypeError or ValueError when that will
-    not do; ``form`` then says what to write. ``show`` gives the text that ``parse`` reads back to the same value.
-    """
-
-    form: str
-    parse: Callable[[object], Any]
-    show: Callable[[Any], str]
-
-
-def text_of(raw: object) -> str:
-    """Return ``raw`` if it is text that says something, without the blanks around it."""
-    if not isinstance(raw, str) or not raw.strip() or "\0" in raw:
-        raise ValueError
-    return raw.strip()
-
-
-def one_of(*choices: str) -> Kind:
-    """Make the kind of a word from a closed list."""
-
-    def parse(raw: object) -> str:
-        if raw not in choices:
-            raise ValueError
-        return str(raw)
-
-    return Kind("one of " + ", ".join(choices), parse, str)
-
-
-def whole(low: int, high: int) -> Kind:
-    """Make the kind of an integer from ``low`` to ``high``, both included."""
-
-    def parse(raw: object) -> int:
-        value = int(raw) if isinstance(raw, str) and re.fullmatch(r"-?\d{1,18}", raw.strip()) else raw
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError
-        return value
-
-    return Kind(f"a whole number from {low} to {high}", parse, str)
-
-
-SECONDS = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def duration(low: str, high: str) -> Kind:
-    """Make the kind of a time span such as ``30s``; its value is in seconds."""
-
-    def read(raw: object) -> float:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|min|h|d)", text_of(raw))
-        if match is None:
-            raise ValueError
-        return float(match[1]) * SECONDS[match[2]]
-
-    def parse(raw: object) -> float:
-        value = read(raw)
-        if not read(low) <= value <= read(high):
-            raise ValueError
-        return value
-
-    def show(value: float) -> str:
-        for unit in reversed(SECONDS):
-            count = value / SECONDS[unit]
-            if count >= 1 and math.isclose(count, round(count)):
-                return f"{round(count)}{unit}"
-        return f"{value:g}s"
-
-    return Kind(f"a number with a unit (ms, s, min, h, d), from {low} to {high}", parse, show)
-
-
-def parse_switch(raw: object) -> bool:
-    """Read true or false; in the environment the usual words for them too."""
-    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
-    value = words.get(raw.strip().lower()) if isinstance(raw, str) else raw
-    if not isinstance(value, bool):
-        raise TypeError
-    return value
-
-
-def parse_group(raw: object) -> str:
-    """Read the name or the number of a group."""
-    return str(raw) if type(raw) is int and raw >= 0 else text_of(raw)
-
-
-def parse_path(raw: object) -> Path:
-    """Read a path; the result is absolute, relative ones start at the current folder."""
-    return Path(os.path.abspath(os.path.expanduser(os.fspath(raw) if isinstance(raw, Path) else text_of(raw))))
-
-
-def parse_address(raw: object) -> Address | None:
-    """Read ``host:port`` where host is a loopback address; ``off`` is None."""
-    text = text_of(raw)
-    if text == "off":
-        return None
-    host, _, port = text.rpartition(":")
-    host = "127.0.0.1" if host == "localhost" else host.removeprefix("[").removesuffix("]")
-    if not re.fullmatch(r"\d{1,5}", port) or int(port) > 65535:
-        raise ValueError
-    if not ipaddress.ip_address(host).is_loopback:
-        raise ValueError
-    return Address(host, int(port))
-
-
-def parse_mode(raw: object) -> int:
-    """Read permission bits: an octal text, or an integer as TOML's ``0o660`` gives it."""
-    value = int(raw, 8) if isinstance(raw, str) else raw
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 0o777:
-        raise ValueError
-    return value
-
-
-def parse_options(raw: object) -> tuple[str, ...]:
-    """Read mount options, as a list or joined by commas; each must stand in `MOUNT_OPTIONS`."""
-    words = raw.split(",") if isinstance(raw, str) else raw
-    if not isinstance(words, list | tuple):
-        raise TypeError
-    options = tuple(text_of(word) for word in words if word != "")
-    for option in options:
-        name, sign, _ = option.partition("=")
-        if MOUNT_OPTIONS.get(name) is not bool(sign):
-            raise ValueError
-    return options
-
-
-PATH = Kind("a path", parse_path, str)
-SWITCH = Kind("true or false", parse_switch, lambda value: str(value).lower())
-LOOPBACK = Kind(
-    "off, or a loopback address and port such as 127.0.0.1:9105",
-    parse_address,
-    lambda value: "off" if value is None else str(value),
-)
-MODE = Kind('permission bits such as "0660"', parse_mode, lambda value: f"{value:04o}")
-GROUP = Kind("the name of a group, or its number", parse_group, str)
-OPTIONS = Kind(
-    "options among " + ", ".join(f"{k}=…" if v else k for k, v in MOUNT_OPTIONS.items()), parse_options, ",".join
-)
 
 
 def row(kind: Kind, doc: str) -> dict[str, Any]:
@@ -243,9 +119,62 @@ class Config:
     socket_group: str | None = field(
         default=None, metadata=row(GROUP, "Group of the control socket; by default that of the daemon.")
     )
+    worker_user: str | None = field(
+        default=None,
+        metadata=row(
+            USER,
+            "User whom the worker becomes as it starts, for good; it must own the store. By default it stays who "
+            "the daemon is. Transport kernel only.",
+        ),
+    )
+    budget: Amount = field(
+        default=Amount(0, 0.9), metadata=row(AMOUNT, "Bytes that all chunks may take; beyond it nothing is stored.")
+    )
+    namespace_budgets: tuple[tuple[str, Amount], ...] = field(
+        default=(),
+        metadata=row(BUDGETS, "Budgets of namespaces, by their name, name@revision, or the beginning of their digest."),
+    )
+    min_free: Amount = field(
+        default=Amount(0, 0.02),
+        metadata=row(AMOUNT, "Free space of the filesystem below which chunks are evicted, whatever the budget."),
+    )
+    high_watermark: float = field(
+        default=0.98, metadata=row(share(1, 100), "Of a budget, how much is used when eviction begins.")
+    )
+    low_watermark: float = field(default=0.95, metadata=row(share(1, 100), "Of a budget, how much it leaves in use."))
+    policy: str = field(
+        default="gdsf",
+        metadata=row(one_of("gdsf", "s3-fifo", "lru"), "Which chunks are evicted first; `kvfs sim` compares them."),
+    )
+    ttl: float | None = field(
+        default=None,
+        metadata=row(or_off(duration("1min", "3650d")), "Time without use after which a chunk is evicted."),
+    )
+    write_budget: Amount | None = field(
+        default=Amount(0, 1.0),
+        metadata=row(
+            or_off(AMOUNT), "Bytes to write in 24 hours; beyond it only what is offered a second time is stored."
+        ),
+    )
+    trace: Path | None = field(
+        default=None, metadata=row(PATH, "File to which lookups and stores are added, for `kvfs sim --trace`.")
+    )
     snapshot_interval: float = field(
         default=60.0,
         metadata=row(duration("1s", "1d"), "Time between snapshots of the index, from which the next start is quick."),
+    )
+    scrub_rate: int = field(
+        default=16 << 20,
+        metadata=row(
+            size("64KiB", "64GiB", "/s"),
+            "Bytes a second of all parts that are read again, once a week, to find damage before a reader does.",
+        ),
+    )
+    quarantine_limit: int = field(
+        default=1 << 30,
+        metadata=row(
+            size("0B", "1024TiB"), "Bytes of damaged parts that are kept in lost+found; beyond it the oldest go."
+        ),
     )
     metrics_listen: Address | None = field(default=None, metadata=row(LOOPBACK, "Address of the Prometheus page."))
     log_level: str = field(
@@ -277,7 +206,7 @@ class Setting:
 
     def show(self, value: object) -> str:
         """Return ``value`` as one would write it; nothing for a setting that has none."""
-        return "" if value is None and self.kind is not LOOPBACK else self.kind.show(value)
+        return "" if value is None and not self.kind.has_off else self.kind.show(value)
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
@@ -309,7 +238,10 @@ def load(
         except (TypeError, ValueError):
             raise ConfigError(f"{origin}: {name} = {raw!r}: write {entry.kind.form}") from None
         origins[name] = origin
-    return Config(**values, origins=MappingProxyType(origins))
+    config = Config(**values, origins=MappingProxyType(origins))
+    if config.low_watermark > config.high_watermark:
+        raise ConfigError(f"low_watermark is above high_watermark ({origins['low_watermark']})")
+    return config
 
 
 def to_toml(config: Config, origins: bool = False) -> str:
@@ -317,7 +249,7 @@ def to_toml(config: Config, origins: bool = False) -> str:
     lines = {}
     for name, entry in SETTINGS.items():
         value = getattr(config, name)
-        plain = isinstance(value, bool | int) and entry.kind is not MODE
+        plain = isinstance(value, bool) or (isinstance(value, int) and entry.show(value) == str(value))
         shown = entry.show(value) if plain else json.dumps(entry.show(value), ensure_ascii=False)
         lines[name] = f"{name} = {shown}" if shown != '""' else f'# {name} = ""'
     width = max(map(len, lines.values()))

@@ -89,6 +89,11 @@ class StoreFull(KvfsError, OSError):
     errno = _errno.ENOSPC
     exit_code = 9
 
+    @property
+    def reason(self) -> str:
+        """What is used up, as a slug: ``space``, ``budget``, ``namespace``, ``writes``, ``clients``."""
+        return str(self.args[1]) if len(self.args) > 1 else "space"
+
 
 class StoreReadOnly(KvfsError, PermissionError):
     """{} cannot be written: {}"""

@@ -6,17 +6,23 @@ import fcntl
 import os
 import secrets
 import stat
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
+from kvfs import _native
 from kvfs.errors import KvfsError, StoreFull, StoreReadOnly
 
 __all__ = [
     "DIR_MODE",
     "OPEN_DIR",
     "OPEN_FILE",
+    "beneath",
     "from_os_error",
     "lock",
     "make_dir",
+    "open_own",
+    "read_sealed",
     "read_small",
     "replace",
     "write_new",
@@ -24,6 +30,7 @@ __all__ = [
 
 DIR_MODE = 0o750
 SMALL = 1 << 20
+MAX_SEALED = 4 << 30
 OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, so that a planted FIFO cannot block the open."""
@@ -44,12 +51,38 @@ def make_dir(name: str, dir_fd: int) -> None:
         os.mkdir(name, DIR_MODE, dir_fd=dir_fd)
 
 
-def lock(dir_fd: int, name: str, owner: str) -> int:
+@contextlib.contextmanager
+def beneath(dir_fd: int, folder: str) -> Iterator[int]:
+    """A descriptor of a folder in another, for a while.  NotADirectoryError for a link, which might lead elsewhere."""
+    fd = os.open(folder, OPEN_DIR, dir_fd=dir_fd)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def open_own(folder: Path, name: str, flags: int) -> int:
+    """Open a file that this process writes and perhaps root with it, in a folder where others may write; it is made
+    unless it is there.  OSError for a folder that is a link, and a file that has another name or is no regular one."""
+    dir_fd = os.open(folder, OPEN_DIR)
+    try:
+        flags |= os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        fd = os.open(name, flags, 0o640, dir_fd=dir_fd)
+    finally:
+        os.close(dir_fd)
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode) or st.st_nlink != 1:
+        os.close(fd)
+        raise OSError(errno.EPERM, f"somebody planted {name}")
+    return fd
+
+
+def lock(folder: Path, name: str, owner: str) -> int:
     """Hold a lock file, with ``owner`` written into it, until the descriptor returned is closed.
 
-    BlockingIOError with what its holder has written.
+    BlockingIOError with what its holder has written; otherwise as `open_own`.
     """
-    fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=dir_fd)
+    fd = open_own(folder, name, os.O_RDWR)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -61,7 +94,7 @@ def lock(dir_fd: int, name: str, owner: str) -> int:
     return fd
 
 
-def read_small(dir_fd: int, name: str) -> bytes:
+def read_small(dir_fd: int | None, name: str | Path) -> bytes:
     """A file of at most 1 MiB, whole.  OSError; ValueError if it is larger or not a regular file."""
     fd = os.open(name, OPEN_FILE, dir_fd=dir_fd)
     try:
@@ -73,10 +106,30 @@ def read_small(dir_fd: int, name: str) -> bytes:
         os.close(fd)
 
 
-def write_new(dir_fd: int, name: str, data: bytes, temp_dir: str = ".") -> None:
+def read_sealed(path: Path, magic: bytes) -> bytes | None:
+    """What a derived file holds behind ``magic`` and a checksum (u64, XXH3); None unless it is there and whole.
+
+    Nothing is read of what is no regular file or begins otherwise, and never more than 4 GiB.
+    """
+    try:
+        fd = os.open(path, OPEN_FILE)
+    except OSError:
+        return None
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_SEALED:
+        os.close(fd)
+        return None
+    with os.fdopen(fd, "rb", buffering=0) as file:
+        if file.read(len(magic)) != magic:
+            return None
+        seal, body = file.read(8), file.readall()
+    return body if seal == struct.pack("<Q", _native.xxh3_64(body)) else None
+
+
+def write_new(dir_fd: int, name: str, data: bytes, temp_dir_fd: int | None = None) -> None:
     """Write a small file whole, or leave the one that is there."""
-    temp = f"{temp_dir}/{secrets.token_hex(16)}"
-    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=dir_fd)
+    temp, temps = secrets.token_hex(16), dir_fd if temp_dir_fd is None else temp_dir_fd
+    fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=temps)
     try:
         try:
             os.write(fd, data)
@@ -84,18 +137,21 @@ def write_new(dir_fd: int, name: str, data: bytes, temp_dir: str = ".") -> None:
         finally:
             os.close(fd)
         with contextlib.suppress(FileExistsError):
-            os.link(temp, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+            os.link(temp, name, src_dir_fd=temps, dst_dir_fd=dir_fd, follow_symlinks=False)
     finally:
-        os.unlink(temp, dir_fd=dir_fd)
+        os.unlink(temp, dir_fd=temps)
 
 
 def replace(path: Path, data: bytes) -> None:
     """Put a derived file in place of its older version; a reader sees one or the other, whole."""
-    temp = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    temp = f"{path.name}.{secrets.token_hex(8)}.tmp"
+    folder = os.open(path.parent, OPEN_DIR)
     try:
-        fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640)
-        with os.fdopen(fd, "wb") as f:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(temp, flags, 0o640, dir_fd=folder), "wb") as f:
             f.write(data)
-        temp.replace(path)
+        os.replace(temp, path.name, src_dir_fd=folder, dst_dir_fd=folder)
     finally:
-        temp.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temp, dir_fd=folder)
+        os.close(folder)

@@ -1,94 +1,93 @@
 """What is in a store, in memory: one row a chunk.  A snapshot on disk makes a restart quick and may be lost.
 
-A row costs under 300 bytes: a dictionary from key to row number, and columns.  The tree is the truth;
-`reconcile` lists it, without reading any payload, and corrects the rows.
+The tree is the truth; `reconcile` lists it, without reading any payload, and corrects the rows.  What a listing does
+not tell, the parent of a chunk, is learnt from one header each, later.
 """
 
 import contextlib
+import itertools
 import os
 import socket
 import struct
 import threading
 import time
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgpack
 
 from kvfs import _native, files
+from kvfs.chunk import PartMeta
 from kvfs.errors import IdentityError, NamespaceNotFound
 from kvfs.identity import Manifest, PartId
 from kvfs.names import part_path
+from kvfs.rows import NONE, PINNED, Order, Rows
 from kvfs.store import Store
 
-__all__ = ["Index", "Row"]
+__all__ = ["Index", "Row", "Victim"]
 
-_MAGIC = b"kvfs-index/1\n"
-_COLUMNS = ("mask", "size", "hits", "last", "tokens")
+_MAGIC = b"kvfs-index/2\n"
+PATIENCE = 1024
+"""Chunks that must stay and are passed over, at most, in the search for one that may go."""
 
 
 class Row(NamedTuple):
     """What the index knows of a chunk: presence mask, bytes of all parts, hits, time of the last one (Unix
-    seconds, 0 for never) and tokens (0 until somebody has read a header)."""
+    seconds, 0 for never), tokens (0 until somebody has read a header), and whether it is pinned."""
 
     mask: int
     size: int
     hits: int
     last: float
     tokens: int
+    pinned: bool
 
 
-class _Table:
-    """The chunks of one namespace."""
+class Victim(NamedTuple):
+    """A chunk that may go: nothing continues it.  ``stamp`` is the Unix second of its last use or its coming."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    key: bytes
+    mask: int
+    size: int
+    stamp: int
+
+
+class _Table(Rows):
+    """The chunks of one namespace.  ``partial``: those with a kind of which head slices are missing, and when
+    (monotonic seconds) the last part came."""
+
+    def __init__(self, manifest: Manifest, order: Callable[[Rows], Order] | None) -> None:
+        super().__init__(order)
         self.manifest = manifest
-        self.rows: dict[bytes, int] = {}
-        self.mask = array("Q")
-        self.size = array("q")
-        self.hits = array("I")
-        self.last = array("d")
-        self.tokens = array("H")
-        self.free: list[int] = []
-        self.bytes = 0
+        self.kinds = [manifest.mask_of(kind.name) for kind in manifest.kinds]
+        self.partial: dict[bytes, float] = {}
 
-    def columns(self) -> tuple["array[Any]", ...]:
-        return self.mask, self.size, self.hits, self.last, self.tokens
+    def missing(self, mask: int) -> int:
+        """The parts present that are of no use, as others of their kind are not there."""
+        return sum(mask & kind for kind in self.kinds if mask & kind != kind)
 
-    def row(self, key: bytes) -> int:
-        i = self.rows.get(key)
-        if i is None:
-            if self.free:
-                i = self.free.pop()
-            else:
-                i = len(self.mask)
-                for c in self.columns():
-                    c.append(0)
-            self.rows[key] = i
-        return i
-
-    def drop(self, key: bytes) -> None:
-        i = self.rows.pop(key)
-        self.bytes -= self.size[i]
-        for c in self.columns():
-            c[i] = 0
-        self.free.append(i)
+    def watch(self, key: bytes, mask: int) -> None:
+        """The mask of a chunk has changed."""
+        self.partial.pop(key, None)
+        if self.missing(mask):
+            self.partial[key] = time.monotonic()
 
 
 class Index:
-    """Rows of all namespaces of a store.  Every method may be called from any thread."""
+    """Rows of all namespaces of a store, in the order that ``policy`` gives them.  Every method may be called from any
+    thread; those that name a namespace raise NamespaceNotFound if the store has none such."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, policy: Callable[[Rows], Order] | None = None) -> None:
+        self.store, self._policy = store, policy
         self._tables: dict[bytes, _Table] = {}
         self._lock = threading.Lock()
+        self._changed = True  # since the last snapshot
 
     def _table(self, ns: bytes) -> _Table:
         t = self._tables.get(ns)
         if t is None:
-            t = self._tables.setdefault(ns, _Table(self.store.manifest(ns)))
+            t = self._tables.setdefault(ns, _Table(self.store.manifest(ns), self._policy))
         return t
 
     # --- what is there ---
@@ -96,20 +95,24 @@ class Index:
     def masks(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
         """Presence mask of each key; 0 where nothing is stored."""
         t = self._table(ns)
-        rows, mask = t.rows, t.mask
+        mask, number = t.mask, t.number
         with self._lock:
-            return [mask[i] if (i := rows.get(k)) is not None else 0 for k in keys]
+            return [mask[number.get(key, NONE)] for key in keys]
 
     def get(self, ns: bytes, key: bytes) -> Row | None:
         t = self._table(ns)
         with self._lock:
-            i = t.rows.get(key)
-            return None if i is None else Row(*(c[i] for c in t.columns()))
+            i = t.find(key)
+            if not i:
+                return None
+            last = float(t.stamp[i]) if t.hits[i] else 0.0
+            return Row(t.mask[i], t.size[i], t.hits[i], last, t.tokens[i], bool(t.flags[i] & PINNED))
 
     def keys(self, ns: bytes) -> list[bytes]:
-        """All keys of a namespace, in the order they came."""
+        """All keys of a namespace."""
+        t = self._table(ns)
         with self._lock:
-            return list(self._table(ns).rows)
+            return [key for key, i in t.number.items() if t.mask[i]]
 
     def namespaces(self) -> list[bytes]:
         with self._lock:
@@ -119,60 +122,173 @@ class Index:
         """Chunks and bytes of one namespace, or of all."""
         with self._lock:
             tables = self._tables.values() if ns is None else [t for n, t in self._tables.items() if n == ns]
-            return sum(len(t.rows) for t in tables), sum(t.bytes for t in tables)
+            return sum(map(len, tables)), sum(t.bytes for t in tables)
 
     # --- what happens ---
 
     def register(self, ns: bytes) -> None:
-        """Make a namespace known that has no chunks yet; NamespaceNotFound if the store has none such."""
+        """Make a namespace known that has no chunks yet."""
         self._table(ns)
 
-    def add(self, ns: bytes, key: bytes, part: PartId, size: int, tokens: int = 0) -> bool:
-        """A part has appeared; False if it was known.  ``size`` in bytes."""
+    def add(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta | None = None) -> bool:
+        """A part of ``size`` bytes has appeared, with ``meta`` in its header if that was read; False if it was
+        known."""
         t = self._table(ns)
-        bit = t.manifest.bit(part)
+        bit, now = t.manifest.bit(part), int(time.time())
         with self._lock:
-            i = t.row(key)
-            if tokens:
-                t.tokens[i] = tokens
-            if t.mask[i] & bit:
-                return False
-            t.mask[i] |= bit
-            t.size[i] += size
-            t.bytes += size
-            return True
+            i = t.make(key)
+            is_new = not t.mask[i] & bit
+            self._changed = True
+            if is_new:
+                t.fill(i, bit, size, now)
+                t.watch(key, t.mask[i])
+            if meta is not None:
+                self._learn(t, i, meta, now)
+            elif is_new and t.mask[i] == bit:
+                t.unlearnt.append(i)
+            return is_new
+
+    @staticmethod
+    def _learn(t: _Table, i: int, meta: PartMeta, now: int) -> None:
+        t.learn(i, meta.parent if meta.position else None, meta.position // t.manifest.chunk_tokens, meta.tokens, now)
 
     def discard(self, ns: bytes, key: bytes, part: PartId | None = None, size: int = 0) -> None:
         """A part of ``size`` bytes, or (None) the whole chunk, is gone."""
         t = self._table(ns)
+        bits = t.manifest.all_parts if part is None else t.manifest.bit(part)
         with self._lock:
-            i = t.rows.get(key)
-            if i is None:
-                return
-            bit = t.manifest.all_parts if part is None else t.manifest.bit(part)
-            if not t.mask[i] & ~bit:
-                t.drop(key)
-            elif t.mask[i] & bit:
-                t.mask[i] &= ~bit
-                size = min(size, t.size[i])
-                t.size[i] -= size
-                t.bytes -= size
+            i = t.find(key)
+            if t.mask[i] & bits:
+                self._changed = True
+                left = t.mask[i] & ~bits
+                t.drain(i, bits, size)
+                t.watch(key, left)
+                if left and not t.is_known(i):
+                    t.unlearnt.append(i)
 
     def forget(self, ns: bytes) -> None:
         """A namespace has been retired."""
         with self._lock:
             self._tables.pop(ns, None)
+            self._changed = True
+
+    def look(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
+        """As `masks`, for one who is about to read: of chunks in the order of a text, those present up to the first gap
+        count as used.  Of tails that may continue one text, longest first, the first is kept in mind: a longer one,
+        or the full chunk, will take its place."""
+        t = self._table(ns)
+        now, whole = int(time.time()), t.manifest.chunk_tokens
+        with self._lock:
+            rows = [t.number.get(key, NONE) for key in keys]
+            masks = [t.mask[i] for i in rows]
+            first = next((n for n, mask in enumerate(masks) if mask), None)
+            if first is not None and 0 < t.tokens[rows[first]] < whole:
+                t.tail[t.parent[rows[first]]] = rows[first] if t.parent[rows[first]] else NONE
+            elif first == 0:
+                end = next((n for n, mask in enumerate(masks) if not mask), len(masks))
+                t.use(rows[end - 1], now)
+                self._changed = True
+            return masks
 
     def touch(self, ns: bytes, keys: Iterable[bytes], now: float | None = None) -> None:
         """Chunks have been used: by a lease or an open."""
-        now = time.time() if now is None else now
+        at = int(time.time() if now is None else now)
         t = self._table(ns)
         with self._lock:
-            for key in keys:
-                i = t.rows.get(key)
-                if i is not None:
+            self._changed = True
+            for i in map(t.find, reversed(list(keys))):
+                if i:
                     t.hits[i] += 1
-                    t.last[i] = now
+                    t.use(i, at)
+                    t.stamp[i] = at
+
+    def pin(self, ns: bytes, key: bytes, pinned: bool) -> bool:
+        """Say whether a chunk, and with it all before it in its text, must stay; False if there is no such chunk."""
+        t = self._table(ns)
+        with self._lock:
+            i = t.find(key)
+            if not i:
+                return False
+            t.flags[i] = t.flags[i] | PINNED if pinned else t.flags[i] & ~PINNED
+            self._changed = True
+            return True
+
+    # --- what may go ---
+
+    def victim(self, ns: bytes) -> Victim | None:
+        """The chunk of a namespace to go first.  Ask only when `unlearnt` is empty: a child may be unknown."""
+        t = self._table(ns)
+        with self._lock:
+            i = t.victim(PATIENCE)
+            return self._victim(t, i) if i else None
+
+    @staticmethod
+    def _victim(t: _Table, i: int) -> Victim:
+        key = t.keys[i]
+        assert key is not None  # it is there
+        return Victim(key, t.mask[i], t.size[i], t.stamp[i])
+
+    def evict(self, ns: bytes, key: bytes) -> bool:
+        """Drop a chunk, unless something continues it now or it is pinned; False then, or if it is gone."""
+        t = self._table(ns)
+        with self._lock:
+            i = t.find(key)
+            if not i or t.children[i] or t.flags[i] & PINNED:
+                return False
+            t.drain(i, t.manifest.all_parts, 0)
+            t.partial.pop(key, None)
+            self._changed = True
+            return True
+
+    def spare(self, ns: bytes, key: bytes) -> None:
+        """The victim has to stay for now: count it as used."""
+        t = self._table(ns)
+        with self._lock:
+            if i := t.find(key):
+                t.use(i, int(time.time()), again=True)
+
+    def idle(self, ns: bytes, begin: int, count: int, before: float) -> tuple[list[Victim], int]:
+        """Chunks not used since ``before`` that may go, one after the other, found below ``count`` rows from number
+        ``begin`` on; and where to go on (0: from the start)."""
+        t = self._table(ns)
+        with self._lock:
+            end = min(begin + count, len(t.keys))
+            found = [
+                self._victim(t, i)
+                for leaf in range(begin, end)
+                if t.is_known(leaf) and not t.children[leaf]
+                for i in t.idle(leaf, before)
+            ]
+            return found, end if end < len(t.keys) else 0
+
+    def partial(self, ns: bytes, age: float) -> list[tuple[bytes, int]]:
+        """Chunks incomplete since ``age`` seconds: keys, and the parts present that are of no use without others."""
+        t = self._table(ns)
+        with self._lock:
+            until = time.monotonic() - age
+            old = itertools.takewhile(lambda item: item[1] <= until, t.partial.items())
+            return [(key, t.missing(t.mask[t.number[key]])) for key, _ in old]
+
+    def unlearnt(self, ns: bytes, count: int) -> list[tuple[bytes, PartId]]:
+        """Up to ``count`` chunks whose parent nobody knows, each with a part whose header to read; they are asked for
+        once, until the next listing."""
+        t = self._table(ns)
+        with self._lock:
+            found: list[tuple[bytes, PartId]] = []
+            while t.unlearnt and len(found) < count:
+                i = t.unlearnt.pop()
+                key = t.keys[i]
+                if key is not None and t.mask[i] and not t.is_known(i):
+                    found.append((key, next(p for p in t.manifest.parts if t.mask[i] & t.manifest.bit(p))))
+            return found
+
+    def learn(self, ns: bytes, meta: PartMeta) -> None:
+        """A header has been read."""
+        t = self._table(ns)
+        with self._lock:
+            if i := t.find(meta.key):
+                self._learn(t, i, meta, t.stamp[i])
+                self._changed = True
 
     # --- against the tree ---
 
@@ -224,8 +340,8 @@ class Index:
 
     @staticmethod
     def _mean_size(t: _Table, key: bytes) -> int:
-        i = t.rows.get(key)
-        return 0 if i is None else t.size[i] // max(1, t.mask[i].bit_count())
+        i = t.find(key)
+        return int(t.size[i]) // max(1, t.mask[i].bit_count())
 
     # --- snapshot ---
 
@@ -234,58 +350,46 @@ class Index:
         return self.store.derived / f"index.{socket.gethostname()}.snapshot"
 
     def save(self) -> None:
-        """Write the snapshot: derived data, safe to delete at any time."""
+        """Write the snapshot, unless it is there and nothing has changed: derived data, safe to delete at any time."""
         with self._lock:
-            body: dict[bytes, dict[str, bytes]] = {}
-            for ns, t in self._tables.items():
-                order = array("Q", t.rows.values())
-                columns = (array(c.typecode, (c[i] for i in order)) for c in t.columns())
-                body[ns] = {name: c.tobytes() for name, c in zip(_COLUMNS, columns, strict=True)}
-                body[ns]["keys"] = b"".join(t.rows)
-        raw = msgpack.packb(body)
-        files.replace(self.snapshot_path, _MAGIC + struct.pack("<Q", _native.xxh3_64(raw)) + raw)
+            if not self._changed and self.snapshot_path.exists():
+                return
+            frozen = {ns: t.freeze() for ns, t in self._tables.items()}
+            self._changed = False
+        raw = msgpack.packb({ns: f.dump() for ns, f in frozen.items()})
+        try:
+            files.replace(self.snapshot_path, _MAGIC + struct.pack("<Q", _native.xxh3_64(raw)) + raw)
+        except OSError:
+            self._changed = True
+            raise
 
     def load(self) -> bool:
         """Read the snapshot; False, and an empty index, if there is none that is whole."""
         try:
-            raw = memoryview(self.snapshot_path.read_bytes())
-            head = len(_MAGIC) + 8
-            if raw[: len(_MAGIC)] != _MAGIC or struct.unpack("<Q", raw[len(_MAGIC) : head])[0] != _native.xxh3_64(
-                raw[head:]
-            ):
+            raw = files.read_sealed(self.snapshot_path, _MAGIC)
+            if raw is None:
                 return False
-            body = msgpack.unpackb(raw[head:], strict_map_key=False)
-            tables = dict(self._read_table(ns, d) for ns, d in body.items() if self._known(ns))
-        except (OSError, ValueError, TypeError, KeyError, struct.error):
+            body = msgpack.unpackb(raw, strict_map_key=False)
+            tables = {}
+            for ns, dumped in body.items():
+                with contextlib.suppress(NamespaceNotFound, IdentityError):
+                    tables[ns] = _Table(self.store.manifest(ns), self._policy)
+                    tables[ns].restore(dumped)
+        except (OSError, ValueError, TypeError, KeyError, IndexError, struct.error):
             return False
+        for t in tables.values():
+            whole = t.manifest.all_parts
+            for key, i in t.number.items():
+                if t.mask[i] != whole:
+                    t.watch(key, t.mask[i])
         with self._lock:
-            self._tables = tables
+            self._tables, self._changed = tables, False
         return True
-
-    def _known(self, ns: bytes) -> bool:
-        try:
-            self.store.manifest(ns)
-        except (NamespaceNotFound, IdentityError):
-            return False
-        return True
-
-    def _read_table(self, ns: bytes, d: dict[str, bytes]) -> tuple[bytes, _Table]:
-        t = _Table(self.store.manifest(ns))
-        blob = d["keys"]
-        t.rows = {blob[i : i + 32]: i // 32 for i in range(0, len(blob), 32)}
-        for name, column in zip(_COLUMNS, t.columns(), strict=True):
-            column.frombytes(d[name])
-            if len(column) != len(t.rows):
-                raise ValueError(f"column {name} does not fit the keys")
-        t.bytes = sum(t.size)
-        return ns, t
 
     def check_integrity(self) -> None:
-        """AssertionError if rows and columns disagree; for tests."""
+        """AssertionError if rows, columns, trees and totals disagree; for tests."""
         with self._lock:
             for t in self._tables.values():
-                numbers = set(t.rows.values()) | set(t.free)
-                if not len(t.rows) + len(t.free) == len(t.mask) == len(numbers):
-                    raise AssertionError("rows and columns do not match")
-                if t.bytes != sum(t.size) or not all(t.mask[i] for i in t.rows.values()):
-                    raise AssertionError("a row is empty, or the total is not the sum of the rows")
+                t.check_integrity()
+                partial = {key for key, i in t.number.items() if t.missing(t.mask[i])}
+                assert partial == set(t.partial), "not the chunks that are incomplete"

@@ -42,13 +42,28 @@ class Metrics:
         self.chunks = gauge("kvfs_chunks", "Chunks in the store.")
         self.bytes = gauge("kvfs_bytes", "Bytes of the parts in the store.", "form")
         self.leases = gauge("kvfs_leases", "Chunks claimed by readers.")
+        self.budget = gauge("kvfs_budget_bytes", "Bytes that all chunks may take.")
+        self.written = gauge("kvfs_written_day_bytes", "Bytes written in the last 24 hours.")
 
         self.lookup = counter("kvfs_lookup_total", "Keys asked for, by result: hit or miss.", "result")
         self.leased_bytes = counter("kvfs_leased_bytes_total", "Bytes of the parts handed to readers.")
         self.publish = counter("kvfs_publish_total", "Parts offered, by result: created, exists or refused.", "result")
         self.published_bytes = counter("kvfs_published_bytes_total", "Bytes of the parts created.")
+        self.refused = counter(
+            "kvfs_refused_total",
+            "Parts not taken before they were written, by what is used up: space, budget, namespace, writes.",
+            "reason",
+        )
+        self.evicted = counter("kvfs_evicted_total", "Chunks evicted, by reason.", "reason")
         self.removed = counter("kvfs_removed_total", "Parts removed, by reason.", "reason")
         self.quarantined = counter("kvfs_quarantined_total", "Damaged parts moved to lost+found, by reason.", "reason")
+        self.purged = counter("kvfs_quarantine_purged_total", "Damaged parts removed to keep lost+found small.")
+        self.lost_bytes = gauge("kvfs_lost_found_bytes", "Bytes of what is in lost+found.")
+        self.scrub_bytes = counter("kvfs_scrub_bytes_total", "Bytes read again in search of damage.")
+        self.scrub_damaged = counter("kvfs_scrub_damaged_total", "Damaged parts found by that.")
+        self.scrub_complete = gauge(
+            "kvfs_scrub_complete_since_seconds", "Unix time since which every part has been read; 0 before that."
+        )
         self.verify_seconds = histogram("kvfs_verify_seconds", "Time to check one part's checksums.", BULK_BUCKETS)
 
         self.fuse_requests = counter(

@@ -4,13 +4,24 @@ import re
 
 from kvfs.identity import PartId
 
-__all__ = ["SUFFIX", "is_leaf", "is_ns", "is_temp", "leaf_name", "parse_part_name", "part_name", "part_path"]
+__all__ = [
+    "SUFFIX",
+    "is_derived",
+    "is_leaf",
+    "is_ns",
+    "is_temp",
+    "leaf_name",
+    "parse_part_name",
+    "part_name",
+    "part_path",
+]
 
 SUFFIX = ".safetensors"
 
 _NS = re.compile(r"[0-9a-f]{64}")
 _LEAF = re.compile(r"[0-9a-f]{3}")
 _TEMP = re.compile(r"[0-9a-f]{32}")
+_DERIVED = re.compile(r"(?:daemon|index|scrub|verified|written)\..+", re.DOTALL)
 _NAME = re.compile(r"([0-9a-f]{64})\.((?:full|mla|(?:swa|chunked)[1-9][0-9]{0,6})\.h[0-9]{1,2})\.safetensors")
 
 
@@ -48,3 +59,8 @@ def is_leaf(name: str) -> bool:
 def is_temp(name: str) -> bool:
     """Whether a name is one that `Store.reserve` gives out."""
     return _TEMP.fullmatch(name) is not None
+
+
+def is_derived(name: str) -> bool:
+    """Whether a name is one of a file that daemons keep in ``.kvfs``."""
+    return _DERIVED.fullmatch(name) is not None

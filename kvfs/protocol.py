@@ -111,8 +111,8 @@ VERBS: Mapping[str, Verb] = {
     # leases: one u64 (little endian) each; unknown ones are none of the server's business.
     "release": Verb({"leases": _blob}, {}),
     "report": Verb({**_PART, "reason": _text}, {}, frozenset({"reason"})),
-    # The answer carries one writable descriptor.
-    "reserve": Verb({"ns": _key, "nbytes": _count}, {"token": _text}),
+    # The answer carries one writable descriptor.  `key`: of the chunk to come, for what is stored at its second coming.
+    "reserve": Verb({"ns": _key, "nbytes": _count, "key": _key}, {"token": _text}, frozenset({"key"})),
     "publish": Verb({"token": _text, **_PART}, {"created": _flag}),
     "discard": Verb({"token": _text}, {}),
     "explain": Verb(
@@ -122,6 +122,13 @@ VERBS: Mapping[str, Verb] = {
     "touch": Verb({"ns": _key, "keys": _keys}, {}),
     "remove": Verb({"ns": _key, "key": _key}, {"removed": _flag}),
     "retire": Verb({"ns": _key}, {"chunks": _count}),
+    # nbytes: how much to free, of one namespace or all.
+    "evict": Verb({"ns": _key, "nbytes": _count}, {"chunks": _count, "bytes": _count}, frozenset({"ns"})),
+    "pin": Verb({"ns": _key, "key": _key, "pinned": _flag}, {}),
+    # The daemon lists its store; the answer counts parts it did not know and parts that were gone.
+    "reconcile": Verb({}, {"found": _count, "gone": _count}),
+    # Another worker takes over soon after the answer; it has an uptime of its own.
+    "reload": Verb({}, {}),
 }
 
 
@@ -279,11 +286,11 @@ class Channel:
         DeadlineExceeded; ConnectionError at the end of the stream.  Descriptors that come with those are closed.
         """
         try:
-            self._fill(_LENGTH.size, deadline)
+            self._fill(_LENGTH.size, deadline, nfds)
             (size,) = _LENGTH.unpack_from(self._buffer)
             if size > MAX_FRAME:
                 raise ProtocolError(f"a frame of {size} bytes")
-            self._fill(_LENGTH.size + size, deadline)
+            self._fill(_LENGTH.size + size, deadline, nfds)
             body = bytes(memoryview(self._buffer)[_LENGTH.size : _LENGTH.size + size])
             del self._buffer[: _LENGTH.size + size]
             message = decode(body)
@@ -300,7 +307,7 @@ class Channel:
         if not self._buffer:
             self._wait(select.POLLIN, deadline)
 
-    def _fill(self, size: int, deadline: Deadline) -> None:
+    def _fill(self, size: int, deadline: Deadline, nfds: int) -> None:
         while len(self._buffer) < size:
             try:
                 data, ancillary, flags, _ = self.sock.recvmsg(_RECEIVE, _ANCILLARY, socket.MSG_CMSG_CLOEXEC)
@@ -314,6 +321,8 @@ class Channel:
                     self._fds += received
             if flags & socket.MSG_CTRUNC or len(self._fds) > MAX_FDS:
                 raise ProtocolError("more descriptors than fit")
+            if len(self._fds) > nfds:  # not once the frame is whole: a thousand half frames would bring as many each
+                raise ProtocolError(f"{len(self._fds)} descriptors where {nfds} were expected")
             if not data:
                 raise ConnectionResetError("the other end closed the connection")
             self._buffer += data

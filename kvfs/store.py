@@ -30,9 +30,10 @@ from kvfs.errors import (
     StoreBusy,
     StoreReadOnly,
 )
-from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, from_os_error, lock, make_dir, read_small, write_new
+from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, beneath, from_os_error, lock, make_dir, read_small, write_new
 from kvfs.identity import Manifest, PartId, canonical_json
-from kvfs.names import is_leaf, is_ns, is_temp, parse_part_name, part_name, part_path
+from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_part_name, part_name, part_path
+from kvfs.quarantine import Quarantine
 
 __all__ = ["Found", "Store", "Temp"]
 
@@ -66,6 +67,7 @@ class Store:
     def __init__(self, path: Path, root_fd: int, durability: str) -> None:
         self.path, self.durability = path, durability
         self._root = root_fd
+        self.lost = Quarantine(root_fd)
         self._dirs: dict[bytes, int] = {}
         self._retired: list[int] = []
         self._manifests: dict[bytes, Manifest] = {}
@@ -110,12 +112,15 @@ class Store:
         except (ValueError, KeyError, TypeError) as e:
             if isinstance(e, KvfsError):
                 raise
-            raise IdentityError(f"{p / MARKER} is damaged ({e}); put back its line from a backup") from None
+            raise IdentityError(f"{p / MARKER} is damaged ({e}); `kvfs fsck` writes it anew") from None
         except OSError as e:
             raise from_os_error(e, p) from e
         return cls(p, fd, durability)
 
     def close(self) -> None:
+        if self._lock_fd >= 0:
+            with contextlib.suppress(OSError):  # an owner's name in a lock that is free tells of a crash
+                os.ftruncate(self._lock_fd, 0)
         for fd in (*self._dirs.values(), *self._retired, self._root, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
@@ -135,12 +140,14 @@ class Store:
 
     def lock_daemon(self, owner: str) -> None:
         """Become the one daemon of this store on this host until `close`; StoreBusy names the other."""
-        name = f".kvfs/daemon.{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}.lock"
-        make_dir(".kvfs", self._root)
+        name = f"daemon.{re.sub(r'[^A-Za-z0-9.-]', '_', socket.gethostname())}.lock"
         try:
-            self._lock_fd = lock(self._root, name, owner)
+            make_dir(".kvfs", self._root)
+            self._lock_fd = lock(self.derived, name, owner)
         except BlockingIOError as e:
             raise StoreBusy(self.path, f"{e}; stop it first, or use its mount") from None
+        except OSError as e:
+            raise from_os_error(e, self.derived / name) from None
 
     # --- namespaces ---
 
@@ -158,26 +165,32 @@ class Store:
     def manifest(self, ns: bytes) -> Manifest:
         """The manifest of a namespace; NamespaceNotFound, or IdentityError if its digest is not its name."""
         if ns not in self._manifests:
-            m = Manifest.from_json(self._manifest_file(ns)["identity"])
+            m = Manifest.from_json(self._manifest_file(ns)[1]["identity"])
             if m.ns != ns:
-                raise IdentityError(f"the manifest in {ns.hex()[:12]} is that of {m.ns_hex[:12]}; `kvfs retire` it")
+                raise IdentityError(f"{ns.hex()[:12]} has the manifest of {m.ns_hex[:12]}; `kvfs fsck` moves it away")
             self._manifests[ns] = m
         return self._manifests[ns]
 
     def info(self, ns: bytes) -> dict[str, Any]:
         """What people call the namespace (``name``, ``revision``, ...)."""
-        return dict(self._manifest_file(ns).get("info") or {})
+        return dict(self._manifest_file(ns)[1].get("info") or {})
 
-    def _manifest_file(self, ns: bytes) -> dict[str, Any]:
+    def manifest_text(self, ns: bytes) -> bytes:
+        """The file of the manifest, which reads as one; NamespaceNotFound, IdentityError."""
+        return self._manifest_file(ns)[0]
+
+    def _manifest_file(self, ns: bytes) -> tuple[bytes, dict[str, Any]]:
+        folder, text, d = self._ns_dir(ns), b"", None
         try:
-            d = json.loads(read_small(self._ns_dir(ns), MANIFEST))
+            text = read_small(folder, MANIFEST)
+            d = json.loads(text)
         except FileNotFoundError:
             raise NamespaceNotFound(ns.hex()[:12]) from None
-        except ValueError:
-            d = None
+        except (OSError, ValueError, RecursionError):
+            pass
         if not isinstance(d, dict) or not isinstance(d.get("identity"), dict):
-            raise IdentityError(f"{ns.hex()[:12]}/{MANIFEST} is damaged; `kvfs retire` the namespace")
-        return d
+            raise IdentityError(f"{ns.hex()[:12]}/{MANIFEST} is damaged; `kvfs fsck` moves it away")
+        return text, d
 
     def register(self, manifest: Manifest, info: Mapping[str, Any] | None = None) -> bytes:
         """Make the namespace of a manifest, or find it.  The first to register writes ``info``."""
@@ -187,10 +200,11 @@ class Store:
             with contextlib.suppress(NamespaceNotFound):
                 if self.manifest(ns) == manifest:
                     return ns
-            for sub in (manifest.ns_hex, f"{manifest.ns_hex}/{TEMPS}"):
-                make_dir(sub, self._root)
-            body = {"identity": manifest.to_json(), "info": dict(info or {})}
-            write_new(self._ns_dir(ns), MANIFEST, json.dumps(body, indent=1, sort_keys=True).encode(), TEMPS)
+            make_dir(manifest.ns_hex, self._root)
+            make_dir(TEMPS, self._ns_dir(ns))
+            text = json.dumps({"identity": manifest.to_json(), "info": dict(info or {})}, indent=1, sort_keys=True)
+            with beneath(self._ns_dir(ns), TEMPS) as temps:
+                write_new(self._ns_dir(ns), MANIFEST, text.encode(), temps)
         except OSError as e:
             raise from_os_error(e, self.path / manifest.ns_hex[:12]) from e
         self._manifests[ns] = manifest
@@ -240,17 +254,15 @@ class Store:
         """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file."""
         name, root = part_name(key, part), self._ns_dir(ns)
         try:
-            leaf = os.open(name[:3], OPEN_DIR, dir_fd=root)
-            try:
+            with beneath(root, name[:3]) as leaf:
                 fd = os.open(name, OPEN_FILE, dir_fd=leaf)
-            finally:
-                os.close(leaf)
         except FileNotFoundError:
             raise ChunkNotFound(f"{key.hex()}.{part}") from None
         except OSError as e:
             if e.errno == errno.ESTALE:
                 raise ChunkNotFound(f"{key.hex()}.{part}") from None
-            raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", e.strerror) from None
+            reason = "unreadable" if e.errno == errno.EIO else "not-a-file"
+            raise ChunkCorrupt(f"{key.hex()}.{part}", reason, e.strerror) from None
         st = os.fstat(fd)
         if st.st_nlink > 1:
             self._finish_publish(ns, st.st_ino)
@@ -262,13 +274,11 @@ class Store:
 
     def _temps(self, ns: bytes) -> Iterator[tuple[str, os.stat_result]]:
         """Every temp file of a namespace with its status."""
-        fd = os.open(TEMPS, OPEN_DIR, dir_fd=self._ns_dir(ns))
-        try:
+        root, absent = self._ns_dir(ns), contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with absent, beneath(root, TEMPS) as fd:
             for name in filter(is_temp, os.listdir(fd)):
                 with contextlib.suppress(FileNotFoundError):
                     yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
-        finally:
-            os.close(fd)
 
     def _finish_publish(self, ns: bytes, ino: int) -> None:
         """Drop the temp name of a part whose publisher is between its link and its unlink, or died there."""
@@ -292,18 +302,12 @@ class Store:
 
     def scan_leaf(self, ns: bytes, leaf: str) -> Iterator[Found]:
         """The parts of one leaf folder."""
-        try:
-            fd = os.open(leaf, OPEN_DIR, dir_fd=self._ns_dir(ns))
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        try:
-            with os.scandir(fd) as it:
-                for e in it:
-                    found = parse_part_name(e.name)
-                    if found and e.name.startswith(leaf):
-                        yield Found(*found, e)
-        finally:
-            os.close(fd)
+        absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with absent, beneath(self._ns_dir(ns), leaf) as fd, os.scandir(fd) as it:
+            for e in it:
+                found = parse_part_name(e.name)
+                if found and e.name.startswith(leaf):
+                    yield Found(*found, e)
 
     # --- writing ---
 
@@ -313,16 +317,20 @@ class Store:
         name = secrets.token_hex(16)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            return Temp(os.open(_temp_path(name), flags, 0o600, dir_fd=self._ns_dir(ns)), name)
+            with beneath(self._ns_dir(ns), TEMPS) as temps:
+                return Temp(os.open(name, flags, 0o600, dir_fd=temps), name)
         except OSError as e:
             raise from_os_error(e, self.path / ns.hex()[:12]) from e
 
     def open_temp(self, ns: bytes, temp: str) -> int:
         """A fresh read-only descriptor of a temp file, for checking it before `publish`."""
         try:
-            return os.open(_temp_path(temp), OPEN_FILE, dir_fd=self._ns_dir(ns))
+            with beneath(self._ns_dir(ns), TEMPS) as temps:
+                return os.open(_temp_name(temp), OPEN_FILE, dir_fd=temps)
         except FileNotFoundError:
             raise ChunkNotFound(f"temp {temp}") from None
+        except OSError as e:
+            raise from_os_error(e, self.path / ns.hex()[:12]) from None
 
     def publish(self, ns: bytes, temp: str, key: bytes, part: PartId) -> bool:
         """Give a written and checked temp file its final name; the temp name is gone afterwards.
@@ -330,9 +338,9 @@ class Store:
         True if it is new, False if the part was there already: its bytes are as good.  With ``full`` durability data
         and folder are on disk before this returns; after a failed fsync nothing is published.
         """
-        root, name, written = self._ns_dir(ns), part_name(key, part), _temp_path(temp)
+        root, name = self._ns_dir(ns), part_name(key, part)
         self.manifest(ns).bit(part)
-        leaf = -1
+        created = True
         try:
             fd = self.open_temp(ns, temp)
             try:
@@ -342,48 +350,37 @@ class Store:
             finally:
                 os.close(fd)
             make_dir(name[:3], root)
-            leaf = os.open(name[:3], OPEN_DIR, dir_fd=root)
-            created = True
-            try:
-                os.link(written, name, src_dir_fd=root, dst_dir_fd=leaf, follow_symlinks=False)
-            except FileExistsError:
-                created = False
-            if self.durability == "full":
-                os.fsync(leaf)
+            with beneath(root, TEMPS) as temps, beneath(root, name[:3]) as leaf:
+                try:
+                    os.link(temp, name, src_dir_fd=temps, dst_dir_fd=leaf, follow_symlinks=False)
+                except FileExistsError:
+                    created = False
+                if self.durability == "full":
+                    os.fsync(leaf)
         except OSError as e:
             if isinstance(e, KvfsError):
                 raise
             raise from_os_error(e, self.path / ns.hex()[:12]) from e
         finally:
-            if leaf >= 0:
-                os.close(leaf)
             self.discard(ns, temp)
         return created
 
     def discard(self, ns: bytes, temp: str) -> None:
         """Remove a temp file; it may be gone already."""
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(_temp_path(temp), dir_fd=self._ns_dir(ns))
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), beneath(self._ns_dir(ns), TEMPS) as temps:
+            os.unlink(_temp_name(temp), dir_fd=temps)
 
     def remove(self, ns: bytes, key: bytes, parts: Sequence[PartId]) -> None:
         """Unlink parts of a chunk; open descriptors and maps of them go on working."""
-        for part in parts:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part_path(key, part), dir_fd=self._ns_dir(ns))
+        absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with absent, beneath(self._ns_dir(ns), leaf_name(key)) as leaf:
+            for part in parts:
+                with contextlib.suppress(FileNotFoundError, IsADirectoryError):
+                    os.unlink(part_name(key, part), dir_fd=leaf)
 
     def quarantine(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
         """Move a part to ``lost+found/`` with its reason; False if another process already took it away."""
-        name, root = part_name(key, part), self._ns_dir(ns)
-        kept = f"{ns.hex()[:12]}.{name}.{secrets.token_hex(4)}"
-        make_dir("lost+found", self._root)
-        try:
-            os.rename(f"{name[:3]}/{name}", f"lost+found/{kept}", src_dir_fd=root, dst_dir_fd=self._root)
-        except FileNotFoundError:
-            return False
-        note = {"ns": ns.hex(), "key": key.hex(), "part": str(part), "reason": reason, "time": time.time()}
-        with contextlib.suppress(OSError):  # a full disk: the file itself is what matters
-            write_new(self._root, f"lost+found/{kept}.json", canonical_json(note))
-        return True
+        return self.lost.take_part(self._ns_dir(ns), ns, key, part, reason)
 
     def reap_temps(self, ns: bytes, older_than: float = TEMP_GRACE) -> int:
         """Remove temp files not written to for ``older_than`` seconds; returns how many."""
@@ -393,8 +390,8 @@ class Store:
         return len(old)
 
 
-def _temp_path(temp: str) -> str:
-    """The path of a temp file in its namespace; ChunkNotFound for a name `Store.reserve` never gives out."""
+def _temp_name(temp: str) -> str:
+    """The name, if it is one that `Store.reserve` gives out; else ChunkNotFound."""
     if not is_temp(temp):
         raise ChunkNotFound(f"temp {temp!r}")
-    return f"{TEMPS}/{temp}"
+    return temp

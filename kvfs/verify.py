@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvfs import _native, files
-from kvfs.chunk import PartHeader, open_part
+from kvfs.chunk import PartHeader, PartMeta, open_part
 from kvfs.errors import ChunkCorrupt, StoreBusy, StoreFull
 from kvfs.identity import PartId
 from kvfs.store import Store, Temp
 
-__all__ = ["Admitted", "Opened", "Verifier"]
+__all__ = ["Admitted", "Opened", "Verifier", "read_state"]
 
 _MAGIC = b"kvfs-verified/1\n"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -39,11 +39,11 @@ class Opened(NamedTuple):
 
 
 class Admitted(NamedTuple):
-    """A part published: False for ``created`` if it was there already; bytes of its file; tokens it holds."""
+    """A part published: False for ``created`` if it was there already; bytes of its file; what its header says."""
 
     created: bool
     size: int
-    tokens: int
+    meta: PartMeta
 
 
 class Verifier:
@@ -52,7 +52,8 @@ class Verifier:
     def __init__(self, store: Store, always: bool = False) -> None:
         self.store = store
         self._always = always
-        self._good: dict[int, None] = {}  # in the order of checking
+        self._good: dict[int, int] = {}  # the n-th check, in order
+        self._checks = itertools.count()
         self._lock = threading.Lock()
 
     def is_verified(self, st: os.stat_result) -> bool:
@@ -61,10 +62,16 @@ class Verifier:
 
     def mark(self, st: os.stat_result) -> None:
         """The file in this state has been read in full and is whole."""
+        state = _fingerprint(st)
         with self._lock:
-            self._good[_fingerprint(st)] = None
+            self._good.pop(state, None)
+            self._good[state] = next(self._checks)
             if len(self._good) > MAX_REMEMBERED:
                 del self._good[next(iter(self._good))]
+
+    def age(self, st: os.stat_result) -> int:
+        """Sorts files by when they were last found whole: the never, then the longest ago first."""
+        return self._good.get(_fingerprint(st), -1)
 
     def open(self, ns: bytes, key: bytes, part: PartId) -> Opened:
         """Open a part without reading it; raises as `Store.open_part`."""
@@ -139,12 +146,12 @@ class Verifier:
                 with open_part(os.dup(fd), self.store.manifest(ns), key, part) as file:
                     before = os.fstat(fd)
                     file.verify()
-                    tokens = file.header.meta.tokens
+                    meta = file.header.meta
                 created = self.store.publish(ns, temp, key, part)
                 after = os.fstat(fd)
                 if created and after.st_mtime_ns == before.st_mtime_ns:
                     self.mark(after)  # the link has changed its ctime
-                return Admitted(created, after.st_size, tokens)
+                return Admitted(created, after.st_size, meta)
             finally:
                 os.close(fd)  # ends the file lease too
         finally:
@@ -161,19 +168,19 @@ class Verifier:
 
     def load(self, path: Path) -> bool:
         """Read the state; False, and nothing is verified, unless it is whole and of this boot."""
-        try:
-            raw = path.read_bytes()
-        except OSError:
-            return False
-        head, body = raw[: len(_MAGIC) + 8], raw[len(_MAGIC) + 8 :]
-        boot = _boot_id()
-        if head != _MAGIC + struct.pack("<Q", _native.xxh3_64(body)) or not body.startswith(boot):
+        body, boot = read_state(path), _boot_id()
+        if body is None or not body.startswith(boot):
             return False
         count = (len(body) - len(boot)) // 8
         good = struct.unpack_from(f"<{count}Q", body, len(boot))
         with self._lock:
-            self._good = dict.fromkeys(itertools.islice(good, MAX_REMEMBERED))
+            self._good = dict(zip(itertools.islice(good, MAX_REMEMBERED), self._checks, strict=False))
         return True
+
+
+def read_state(path: Path) -> bytes | None:
+    """What a file that `Verifier.save` wrote holds; None unless it is there and whole."""
+    return files.read_sealed(path, _MAGIC)
 
 
 def _boot_id() -> bytes:

@@ -26,12 +26,18 @@ def payload(key: bytes, part: PartId, manifest: Manifest = MANIFEST, tokens: int
 
 
 def put(
-    store: Store, key: bytes, *parts: PartId, manifest: Manifest = MANIFEST, tokens: int = 256, position: int = 0
+    store: Store,
+    key: bytes,
+    *parts: PartId,
+    manifest: Manifest = MANIFEST,
+    tokens: int = 256,
+    position: int = 0,
+    parent: bytes = bytes(32),
 ) -> None:
     """Publish parts (default: all) of a chunk as a writer without a daemon does."""
     for part in parts or manifest.parts:
         temp = store.reserve(manifest.ns)
-        meta = chunk.PartMeta(manifest.ns, key, bytes(32), tokens, position, part)
+        meta = chunk.PartMeta(manifest.ns, key, parent, tokens, position, part)
         chunk.write_part(temp.fd, manifest, meta, payload(key, part, manifest, tokens))
         os.close(temp.fd)
         store.publish(manifest.ns, temp.name, key, part)

@@ -196,7 +196,7 @@ def test_a_manifest_that_is_not_its_folders_is_refused(store: Store) -> None:
     body = json.loads(path.read_text())
     body["identity"]["weights"] = "cd" * 32
     path.write_text(json.dumps(body))
-    with Store.open(store.path) as s, pytest.raises(IdentityError, match="retire"):
+    with Store.open(store.path) as s, pytest.raises(IdentityError, match="fsck"):
         s.manifest(NS)
     path.write_text("{")
     with Store.open(store.path) as s, pytest.raises(IdentityError, match="damaged"):

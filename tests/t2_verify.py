@@ -72,7 +72,8 @@ def test_always_means_always(store: Store) -> None:
 def test_a_published_part_is_verified_and_the_temp_file_gone(store: Store) -> None:
     verifier, key = Verifier(store), new_key()
     admitted = verifier.admit(NS, write(store, key), key, FULL0)
-    assert admitted == (True, file_of(store.path, key, FULL0).stat().st_size, 256)
+    assert (admitted.created, admitted.size) == (True, file_of(store.path, key, FULL0).stat().st_size)
+    assert (admitted.meta.key, admitted.meta.tokens) == (key, 256)
     assert is_verified(verifier, key)
     assert verifier.admit(NS, write(store, key), key, FULL0).created is False
     assert os.listdir(store.path / MANIFEST.ns_hex / "tmp") == []

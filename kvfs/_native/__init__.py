@@ -1,5 +1,33 @@
-"""Checksums and copies at memory speed, in C with the GIL released. `_core.pyi` says what each promises."""
+"""Checksums, copies and the codec at memory speed, in C with the GIL released. `_core.pyi` says what each promises."""
 
-from kvfs._native._core import ISAS, CancelToken, gather, isa, load, populate, scatter, sums, use_isa, xxh3_64
+from kvfs._native._core import (
+    ISAS,
+    CancelToken,
+    codec_decode,
+    codec_encode,
+    codec_rotation,
+    gather,
+    isa,
+    load,
+    populate,
+    scatter,
+    sums,
+    use_isa,
+    xxh3_64,
+)
 
-__all__ = ["ISAS", "CancelToken", "gather", "isa", "load", "populate", "scatter", "sums", "use_isa", "xxh3_64"]
+__all__ = [
+    "ISAS",
+    "CancelToken",
+    "codec_decode",
+    "codec_encode",
+    "codec_rotation",
+    "gather",
+    "isa",
+    "load",
+    "populate",
+    "scatter",
+    "sums",
+    "use_isa",
+    "xxh3_64",
+]

@@ -113,3 +113,32 @@ def gather(ops: Integers, tables: Integers, first: int, last: int, position: int
     Rows outside first..last of `out` stay as they are. Raises ValueError if a tensor ends beyond `out` or a row lies
     in the null block, which holds no KV.
     """
+
+# --- the codec: docs/codec-format.md; kvfs.codec is the way to use it ---
+
+def codec_rotation(inv_freq: Bytes, position: int, tokens: int, /) -> bytearray:
+    """Cosines and sines by which RoPE turns tokens, float32 `[tokens, 2, pairs]`; the same bits on every host.
+
+    inv_freq: float32 `[pairs]`, radians a token. ValueError unless 0 <= position < 2**32 and 0 < tokens <= 4096.
+    """
+
+def codec_encode(
+    shape: Integers, steps: tuple[int, int], turns: Bytes | None, data: Bytes, places: Integers, /
+) -> list[bytes] | None:
+    """Streams of KV, or None if one cannot be coded with loss (values not finite, or too far apart).
+
+    shape: `kvfs.codec.shape.Shape.array()`. steps: 256 log2 of the steps of sections by channel and by token, relative
+    to the standard deviation. turns: what codec_rotation() gave, or None. places: int64 `[streams, 1 + sections]`:
+    whether RoPE turns the stream, and the offset in `data` where each section starts.
+    Raises ValueError for what does not fit together.
+    """
+
+def codec_decode(
+    shape: Integers, turns: Bytes | None, coded: Bytes, data: Bytes, streams: Integers, /
+) -> tuple[int, str] | None:
+    """The reverse, into `data`. streams: int64 `[streams, 3 + sections]`: the offset in `coded` and the size of each,
+    and its places.
+
+    Returns None, or the index of the first damaged stream and what is wrong with it: truncated, parameters, exceptions,
+    words or states. Whatever `coded` holds, nothing outside it is read and nothing outside the streams' places written.
+    """

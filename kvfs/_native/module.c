@@ -1,4 +1,5 @@
 /* The module table of kvfs._native._core. What each function promises stands in _core.pyi. */
+#include "codec_cpu.h"
 #include "native.h"
 
 #define KEYWORDS(function) (PyCFunction)(void (*)(void))(function), METH_VARARGS | METH_KEYWORDS
@@ -13,6 +14,12 @@ static PyMethodDef methods[] = {
      "scatter($module, src, ops, tables, first, last, position, token)\n--\n\nA buffer's rows into paged KV."},
     {"gather", KEYWORDS(py_gather),
      "gather($module, ops, tables, first, last, position, out)\n--\n\nPaged KV's rows into a buffer."},
+    {"codec_rotation", py_codec_rotation, METH_VARARGS,
+     "codec_rotation($module, inv_freq, position, tokens, /)\n--\n\nCosines and sines of RoPE."},
+    {"codec_encode", py_codec_encode, METH_VARARGS,
+     "codec_encode($module, shape, steps, turns, data, places, /)\n--\n\nStreams from KV."},
+    {"codec_decode", py_codec_decode, METH_VARARGS,
+     "codec_decode($module, shape, turns, coded, data, streams, /)\n--\n\nStreams to KV."},
     {"isa", py_isa, METH_NOARGS, "isa($module, /)\n--\n\nThe instruction set in use."},
     {"use_isa", py_use_isa, METH_O, "use_isa($module, name, /)\n--\n\nUse another of ISAS."},
     {0},
@@ -20,6 +27,7 @@ static PyMethodDef methods[] = {
 
 static int exec_module(PyObject *module)
 {
+    codec_tables_init();
     if (isa_init(module) < 0)
         return -1;
     return PyModule_AddType(module, &TokenType);
@@ -33,7 +41,7 @@ static PyModuleDef_Slot slots[] = {
 static PyModuleDef definition = {
     PyModuleDef_HEAD_INIT,
     .m_name = "kvfs._native._core",
-    .m_doc = "Checksums and copies at memory speed.",
+    .m_doc = "Checksums, copies and the codec.",
     .m_methods = methods,
     .m_slots = slots,
 };

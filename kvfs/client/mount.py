@@ -4,9 +4,11 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import struct
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -16,7 +18,7 @@ import numpy as np
 from kvfs.client.claims import Lease, LeasedPart, Reservation
 from kvfs.client.fork import restart_in_child
 from kvfs.client.link import Call, Link
-from kvfs.errors import KvfsError, ProtocolError
+from kvfs.errors import DaemonUnavailable, KvfsError, ProtocolError
 from kvfs.identity import Manifest, PartId, canonical_json
 from kvfs.protocol import MAX_FDS, MAX_KEYS, Deadline, join_keys
 
@@ -24,6 +26,7 @@ __all__ = ["MountClient"]
 
 RELEASE = 0.05
 GREETING = 1.0
+AGAIN = 0.05
 
 
 class MountClient:
@@ -165,9 +168,11 @@ class MountClient:
             raise ProtocolError("the daemon derives another namespace from this manifest")
         return manifest.ns
 
-    def reserve(self, ns: bytes, nbytes: int, timeout: float = 0.5) -> Reservation:
-        """A new file to write one part of ``nbytes`` into.  StoreFull, StoreReadOnly, NamespaceNotFound."""
-        reply, fds = self._writes.call("reserve", timeout, nfds=1, ns=ns, nbytes=nbytes)
+    def reserve(self, ns: bytes, nbytes: int, timeout: float = 0.5, key: bytes | None = None) -> Reservation:
+        """A new file to write one part of ``nbytes`` into, of the chunk ``key``: beyond the daemon's budget for writes
+        only a key that is offered again is taken.  StoreFull (its ``reason``), StoreReadOnly, NamespaceNotFound."""
+        of: dict[str, Any] = {} if key is None else {"key": key}
+        reply, fds = self._writes.call("reserve", timeout, nfds=1, ns=ns, nbytes=nbytes, **of)
         if not fds:
             raise ProtocolError("a reservation without a descriptor")
         return Reservation(ns, fds[0], reply["token"], functools.partial(self._discard, reply["token"]))
@@ -194,6 +199,37 @@ class MountClient:
     def retire(self, ns: bytes, timeout: float = 60.0) -> int:
         """Remove a namespace and all its chunks; returns how many.  Needs the daemon's rights."""
         return int(self._writes.call("retire", timeout, ns=ns)[0]["chunks"])
+
+    def evict(self, ns: bytes | None, nbytes: int, timeout: float = 600.0) -> tuple[int, int]:
+        """Have the least useful chunks of a namespace, or of all (None), removed until ``nbytes`` are free; returns
+        chunks and bytes.  Needs the daemon's rights."""
+        of: dict[str, Any] = {} if ns is None else {"ns": ns}
+        reply, _ = self._writes.call("evict", timeout, nbytes=nbytes, **of)
+        return int(reply["chunks"]), int(reply["bytes"])
+
+    def pin(self, ns: bytes, key: bytes, pinned: bool, timeout: float = 5.0) -> None:
+        """Keep a chunk and those before it in its text from eviction, or end that.  ChunkNotFound.  Needs the daemon's
+        rights."""
+        self._writes.call("pin", timeout, ns=ns, key=key, pinned=pinned)
+
+    def reconcile(self, timeout: float = 600.0) -> tuple[int, int]:
+        """Have the daemon list its store and correct its index; returns parts that it did not know, and parts that
+        were gone.  Needs the daemon's rights."""
+        reply, _ = self._writes.call("reconcile", timeout)
+        return int(reply["found"]), int(reply["gone"])
+
+    def reload(self, timeout: float = 30.0) -> None:
+        """Have a fresh worker take over, and return when it answers.  Needs the daemon's rights; Unsupported where a
+        daemon is one process, DeadlineExceeded."""
+        deadline = Deadline(f"reload at {self.path}", timeout)
+        begun, uptime = time.monotonic(), math.inf
+        self._writes.call("ping", deadline.left())
+        with contextlib.suppress(DaemonUnavailable):  # it may leave before it has answered
+            self._writes.call("reload", deadline.left())
+        while uptime > time.monotonic() - begun:
+            time.sleep(min(AGAIN, deadline.left()))
+            with contextlib.suppress(DaemonUnavailable):
+                uptime = self.stats(deadline.left())["uptime"]
 
     # --- asking ---
 

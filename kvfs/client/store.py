@@ -168,7 +168,13 @@ class StoreClient:
         """Make the namespace of a manifest, or find it; ``info`` is what people call it.  Returns its digest."""
         return self._writes.call("register", timeout, lambda: self._open().store.register(manifest, info))
 
-    def reserve(self, ns: bytes, nbytes: int, timeout: float = 0.5) -> Reservation:
+    def reserve(
+        self,
+        ns: bytes,
+        nbytes: int,
+        timeout: float = 0.5,
+        key: bytes | None = None,  # noqa: ARG002 - for a daemon that limits writes
+    ) -> Reservation:
         """A new file to write one part of ``nbytes`` into.  StoreFull, StoreReadOnly, NamespaceNotFound."""
 
         def undo(temp: Temp) -> None:
@@ -243,6 +249,7 @@ class StoreClient:
     def _stats(self) -> dict[str, Any]:
         store = self._open().store
         namespaces = [_namespace_stats(store, ns) for ns in store.namespaces()]
+        lost, lost_bytes = store.lost.totals()
         space = os.statvfs(self.path)
         return {
             "version": kvfs.__version__,
@@ -255,6 +262,7 @@ class StoreClient:
             **self._counts,
             "leases": 0,
             "quarantined": dict(self._quarantined),
+            "lost_found": {"entries": lost, "bytes": lost_bytes, "purged": store.lost.purged},
         }
 
     def _put_away(self, verifier: Verifier, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt) -> None:

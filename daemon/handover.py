@@ -1,0 +1,122 @@
+"""What passes between the processes of a daemon: settings and descriptors at start, short messages afterwards."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from kvfs import errors
+from kvfs.config import SETTINGS, Config
+from kvfs.errors import KvfsError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+MAX_MESSAGE: Final = 65536
+
+
+def dump_config(config: Config) -> dict[str, list[str]]:
+    """All settings as text, with their origins, for `load_config` in another process."""
+    shown = {name: row.show(getattr(config, name)) for name, row in SETTINGS.items()}
+    return {name: [text, config.origins.get(name, "default")] for name, text in shown.items()}
+
+
+def load_config(rows: dict[str, list[str]]) -> Config:
+    """The inverse of `dump_config`."""
+    values = {name: SETTINGS[name].kind.parse(shown) for name, (shown, _) in rows.items() if shown}
+    return Config(**values, origins=MappingProxyType({name: origin for name, (_, origin) in rows.items()}))
+
+
+def config_toml(config: Config) -> str:
+    """The settings as a TOML file, each with its origin; an equal configuration loads from it."""
+    lines = ["# The settings of this daemon, and where each came from.\n"]
+    for name, row in SETTINGS.items():
+        shown = row.show(getattr(config, name))
+        lines.append(f"{'' if shown else '# '}{name} = {json.dumps(shown)}  # {config.origins.get(name, 'default')}\n")
+    return "".join(lines)
+
+
+def dump_error(error: KvfsError) -> list[str]:
+    """An error as its class and arguments."""
+    return [type(error).__name__, *map(str, error.args)]
+
+
+def load_error(words: list[str]) -> KvfsError:
+    """The inverse of `dump_error`."""
+    name, *args = words
+    kind = getattr(errors, name) if name in errors.__all__ else KvfsError
+    error: KvfsError = kind(*args)
+    return error
+
+
+@dataclass
+class Channel:
+    """Messages, each a word, a JSON value and perhaps a descriptor, between a process and the one it started."""
+
+    sock: socket.socket
+
+    @classmethod
+    def pair(cls) -> tuple[Self, Self]:
+        """Two ends; the second is for the child."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    @classmethod
+    def inherited(cls, fd: int) -> Self:
+        """The end that a parent passed on."""
+        os.set_inheritable(fd, False)
+        return cls(socket.socket(fileno=fd))
+
+    def send(self, word: str, value: object = None, fds: Iterable[int] = ()) -> bool:
+        """Send; False if the other side is gone."""
+        try:
+            socket.send_fds(self.sock, [json.dumps([word, value]).encode()], list(fds))
+        except OSError:
+            return False
+        return True
+
+    def receive(self, timeout: float | None) -> tuple[str, Any, int | None]:
+        """The next message; the word is ``eof`` when the other side is gone, ``""`` when none came in time."""
+        self.sock.settimeout(timeout)
+        try:
+            data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, 1)
+        except TimeoutError:
+            return "", None, None
+        except OSError:
+            return "eof", None, None
+        if not data:
+            return "eof", None, None
+        word, value = json.loads(data)
+        for fd in fds:
+            os.set_inheritable(fd, False)
+        return word, value, fds[0] if fds else None
+
+    def fileno(self) -> int:
+        """For selectors, and to pass on."""
+        return self.sock.fileno()
+
+    def close(self) -> None:
+        """Close this end."""
+        self.sock.close()
+
+
+def python(module: str, config: Config, channel: Channel) -> list[str]:
+    """The command that runs a module of this package with one end of a channel, from any folder.
+
+    Store and mountpoint stand there for people who read ``ps``; the module gets its orders through the channel.
+    """
+    return [sys.executable, "-P", "-m", module, str(config.store), str(config.mountpoint), str(channel.fileno())]
+
+
+def orders(word: str) -> tuple[Channel, Any]:
+    """The channel that `python` passed on, and the value of the first message, which must be ``word``."""
+    channel = Channel.inherited(int(sys.argv[3]))
+    received, value, _ = channel.receive(None)
+    if received != word:
+        sys.exit("this module is started by kvfs itself")
+    return channel, value
