@@ -12,6 +12,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Final
 
+from kvfs.errors import ConfigError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
@@ -28,11 +30,14 @@ REPEAT: Final = 1.0
 
 
 class Trace:
-    """Appends to a file until it has `MAX_BYTES`. Thread-safe. OSError if the file cannot be opened."""
+    """Appends to a file until it has `MAX_BYTES`. Thread-safe. ConfigError if the file cannot be opened."""
 
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
-        self._file = path.open("a", encoding="ascii")
+        try:
+            self._file = path.open("a", encoding="ascii")
+        except OSError as e:
+            raise ConfigError(f"trace = {path}: {e.strerror}") from None
         self._last: dict[tuple[bytes, bytes], float] = {}
         if self._file.tell() == 0:
             self._write(FORMAT)

@@ -152,6 +152,8 @@ def test_a_trace_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         trace.stored(PartMeta(NS, key, bytes(32), 256, 0, MANIFEST.parts[0]), 10)
     trace.close()
     assert (tmp_path / "t").stat().st_size < 1300
+    with pytest.raises(ConfigError, match="Is a directory"):
+        Trace(tmp_path)
     (tmp_path / "x").write_text("{}\n")
     with pytest.raises(ConfigError, match="not a trace"):
         workloads.read_trace(tmp_path / "x")
