@@ -118,7 +118,11 @@ __attribute__((constructor)) static void expand_init(void)
 #undef NAME
 #undef LANES_AVX2
 
+#if defined(__clang__) /* does not know the last word, and would drop them all */
+#define TARGET __attribute__((target("avx512f,avx512bw")))
+#else
 #define TARGET __attribute__((target("avx512f,avx512bw,prefer-vector-width=512")))
+#endif
 #define NAME(x) x##_avx512
 #define LANES_AVX512
 #include "codec_decode_isa.h"
