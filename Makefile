@@ -5,7 +5,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: apt venv models demo test lint format bench bench-venv clean distclean
+.PHONY: apt venv models demo test lint format bench bench-venv clean distclean fuzz-codec
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3) python3)
 BIN    := .venv/bin
@@ -58,6 +58,14 @@ lint: venv
 format: venv
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+# The codec's decoder on damaged streams, under ASan and UBSan; CASES=1000000 for a short run.
+fuzz-codec: venv
+	@mkdir -p build
+	$(CC) -O2 -g -std=c11 -ffp-contract=off -fsanitize=address,undefined -fno-sanitize-recover=all -Ikvfs/_native \
+	    -I$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))') \
+	    $(addprefix kvfs/_native/codec_,tables.c rope.c encode.c decode.c) tests/fuzz/codec_fuzz.c -o build/codec_fuzz
+	build/codec_fuzz $(or $(CASES),100000000)
 
 bench: venv models bench-venv
 	@$(BIN)/python -m bench.run $(ARGS)

@@ -8,7 +8,7 @@ import os
 import click
 
 import kvfs
-from kvfs.cli import doctor, evict, explain, fsck, inspect, maintain, mount, quarantine, setup, sim
+from kvfs.cli import doctor, evict, explain, fsck, inspect, maintain, mount, quality, quarantine, setup, sim
 from kvfs.cli.boundary import Group
 
 
@@ -34,6 +34,7 @@ for command in (
     explain.explain,
     maintain.verify,
     fsck.fsck,
+    quality.quality,
     quarantine.quarantine,
     maintain.retire,
     evict.evict,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-import numpy as np
 
-from kvfs import codec
 from kvfs.cli import render
-from kvfs.codec import gate
 from kvfs.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from kvfs import codec
     from kvfs.cli.probe import Effect, Probe
     from kvfs.identity import Manifest
 
@@ -40,13 +40,17 @@ class Row:
     @classmethod
     def of(cls, results: Sequence[tuple[float, Effect]]) -> Row:
         """From bits per element and effect, text by text."""
-        bits, effects = float(np.mean([b for b, _ in results])), [e for _, e in results]
-        kl, nll = [e.kl for e in effects], float(np.mean([e.nll for e in effects]))
-        return cls(bits, 16 / bits, float(np.mean(kl)), max(kl), float(np.mean([e.top1 for e in effects])), np.exp(nll))
+        bits, effects = statistics.fmean(b for b, _ in results), [e for _, e in results]
+        kl, nll = [e.kl for e in effects], statistics.fmean(e.nll for e in effects)
+        return cls(
+            bits, 16 / bits, statistics.fmean(kl), max(kl), statistics.fmean(e.top1 for e in effects), math.exp(nll)
+        )
 
 
 def measure(probe: Probe, texts: Mapping[str, str]) -> dict[str, Row]:
     """A row for each level, and for the KV as it is."""
+    from kvfs import codec
+
     found: dict[str, list[tuple[float, Effect]]] = {}
     for text in render.progress(list(texts.values()), "texts", lambda _: 1):
         sample = probe.sample(text)
@@ -60,6 +64,8 @@ def measure(probe: Probe, texts: Mapping[str, str]) -> dict[str, Row]:
 
 def passing(rows: Mapping[str, Row], max_kl: float, min_top1: float) -> codec.Level:
     """The coarsest level up to which all levels stay within both limits."""
+    from kvfs import codec
+
     best = codec.LEVELS["lossless"]
     for level in codec.LEVELS.values():
         row = rows[level.name]
@@ -75,6 +81,8 @@ def draw(rows: Mapping[str, Row], max_kl: float, title: str, path: Path) -> None
         from matplotlib.figure import Figure
     except ImportError:
         raise ConfigError(f"{path}: drawing needs matplotlib (pip install matplotlib)") from None
+    from kvfs import codec
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="bits per element, all bytes counted", ylabel="KL divergence (nats)", title=title)
     lossy = [name for name, level in codec.LEVELS.items() if not level.lossless]
@@ -128,6 +136,7 @@ def quality(
         if path.suffix not in PLOTS:
             raise ConfigError(f"{path}: a plot ends in {' or '.join(PLOTS)}")
     from kvfs.cli.probe import Probe
+    from kvfs.codec import gate
 
     probe = Probe(model, prefix, continuation)
     derived, namespaces = lossy_namespaces(store, probe.manifest) if store else (None, [])

@@ -60,6 +60,18 @@ def sleep(llm: Any, op: dict[str, Any]) -> Result:
     return {}
 
 
+def settle(llm: Any, op: dict[str, Any]) -> Result:
+    """Wait until what was gathered is in the store: nothing new in ``folder`` for two seconds."""
+    seen, since = -1, time.monotonic()
+    until = since + 60
+    while time.monotonic() < min(until, since + 2):
+        now = sum(1 for _ in Path(op["folder"]).glob("*/*/*.safetensors"))
+        if now != seen:
+            seen, since = now, time.monotonic()
+        time.sleep(0.1)
+    return {"parts": seen}
+
+
 def abort(llm: Any, op: dict[str, Any]) -> Result:
     """Start ``ids`` under the request id ``name`` (digits), and abort it after ``seconds``."""
     from vllm import SamplingParams
@@ -80,7 +92,7 @@ def signal_daemon(llm: Any, op: dict[str, Any]) -> Result:
     return {"children": children}
 
 
-DO = {"generate": generate, "reset": reset, "sleep": sleep, "abort": abort, "signal": signal_daemon}
+DO = {"generate": generate, "reset": reset, "sleep": sleep, "settle": settle, "abort": abort, "signal": signal_daemon}
 
 
 def main() -> None:

@@ -64,8 +64,11 @@ def prompt(ids: list[int], max_tokens: int = 4, **more: Any) -> dict[str, Any]:
 
 
 RESET = {"do": "reset"}
-SETTLE = {"do": "sleep", "seconds": 1.0}
+SETTLE = {"do": "settle"}
 """Until what was gathered is in the store."""
+
+KNOWN = {"do": "sleep", "seconds": 3.0}
+"""Until the engine's namespace is known to the store: what is computed before is not stored."""
 
 
 def run_engine(
@@ -81,7 +84,8 @@ def run_engine(
     store it uses is the folder ``store`` there."""
     Store.init(folder / "store").close()
     job, out, log = (folder / f"{name}.{end}" for end in ("json", "out", "log"))
-    job.write_text(json.dumps({"model": str(model), "llm": llm, "ops": ops, "connector": connector}))
+    ops = [op | ({"folder": str(folder / "store")} if op == SETTLE else {}) for op in ops]
+    job.write_text(json.dumps({"model": str(model), "llm": llm, "ops": [KNOWN, *ops], "connector": connector}))
     environment = (
         os.environ
         | {
@@ -100,9 +104,9 @@ def run_engine(
         command = ["timeout", "-k", "5", str(LIMIT), sys.executable, "-m", "tests.engine", str(job), str(out)]
         code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink, check=False).returncode
     results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    if code or len(results) != len(ops) + 1:
+    if code or len(results) != len(ops) + 2:
         pytest.fail(f"engine {name}: {code} after {len(results)} results:\n{log.read_text()[-4000:]}", pytrace=False)
-    return results[1:]
+    return results[2:]
 
 
 @contextmanager

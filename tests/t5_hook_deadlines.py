@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kvfs.client import StoreClient
+from kvfs.errors import DaemonUnavailable
 from kvfs.vllm_hook.copying import HostCopy
 from kvfs.vllm_hook.loader import MAX_STUCK
 from tests.t5_hook_text import text
@@ -151,6 +152,21 @@ def test_a_store_that_does_not_keep_up_drops_saves_and_delays_nobody(engine: Cal
     go.set()
     toy.flush()
     assert counted(toy)["saved_parts"] > 0
+
+
+def test_saves_wait_for_a_daemon_that_restarts(engine: Callable[..., Toy]) -> None:
+    back = time.monotonic() + 1.5
+
+    class Away(StoreClient):
+        def reserve(self, *args: Any, **kwargs: Any) -> Any:
+            if time.monotonic() < back:
+                raise DaemonUnavailable("the mount", "restarting")
+            return super().reserve(*args, **kwargs)
+
+    toy = engine(client=Away)
+    assert toy.answer(text(12, 300)) == 0
+    assert "save_drops" not in {key.partition(":")[0] for key in counted(toy)}
+    assert engine().answer(text(12, 300)) == 288
 
 
 def test_a_promise_that_cannot_be_kept_fails_as_a_load_does(engine: Callable[..., Toy]) -> None:

@@ -59,17 +59,17 @@ def told(models: Models, long_texts: list[str], tmp_path_factory: Any) -> Told:
                 {"do": "signal", "keeper": keeper, "signal": "SIGKILL"},
                 *prompts,
                 RESET,
-                {"do": "sleep", "seconds": 4},
+                {"do": "sleep", "seconds": 6},
                 *prompts,
                 RESET,
                 {"do": "signal", "keeper": keeper, "signal": "SIGSTOP", "both": True},
                 *prompts,
                 RESET,
                 {"do": "signal", "keeper": keeper, "signal": "SIGCONT", "both": True},
-                {"do": "sleep", "seconds": 4},
+                {"do": "sleep", "seconds": 6},
                 *prompts,
             ],
-            transfer(probe=True, mount=str(folder / "mnt"), gate="always"),
+            transfer(probe=True, mount=str(folder / "mnt"), gate="always", lookup_deadline=0.5),
         )
     rounds = [found[i : i + PROMPTS] for i in (0, 8, 16, 24, 32, 41)]
     return Told(*rounds, events=folder / "engine.events")

@@ -103,7 +103,7 @@ def test_failed_requests_are_computed_and_the_others_loaded(told: Told) -> None:
 
 def test_nobody_waits_past_the_deadline(told: Told) -> None:
     for result, cold in zip(told.single, told.cold, strict=True):
-        assert result["seconds"] < STALL + 2 * cold["seconds"] + 1
+        assert result["seconds"] < STALL + 2 * cold["seconds"] + 3  # of the machine; what hangs does so for ten
     assert told.together["seconds"] < HANG / 2
 
 

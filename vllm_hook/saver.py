@@ -1,6 +1,7 @@
 """Saves from an engine's blocks: gathered into staging at the end of the step, written behind.
 
-Nothing here ever waits for the store: what finds no room in staging is dropped and counted.
+The engine never waits for the store: what finds no room in staging is dropped and counted. The writing thread does, for
+a daemon that may be restarting.
 """
 
 import logging
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from kvfs.chunk import PartMeta, layout, write_part
-from kvfs.errors import KvfsError
+from kvfs.errors import DaemonUnavailable, DeadlineExceeded, KvfsError
 from kvfs.identity import Manifest
 from kvfs.vllm_hook.copying import Copy, single_threaded
 from kvfs.vllm_hook.jobs import Save
@@ -23,6 +24,11 @@ __all__ = ["Saver"]
 
 log = logging.getLogger(__name__)
 
+PATIENCE = 10.0
+"""Seconds that gathered parts wait for a daemon that is away. After that each is tried once, until one gets through."""
+PAUSE = 0.1
+ANSWER = 2.0
+"""Seconds a daemon may take to hand out a file: it may be short of time beside an engine that uses every core."""
 QUIET = 30.0
 """Seconds between warnings about a store that does not take parts."""
 
@@ -44,6 +50,8 @@ class Saver:
         self._staging = Staging(staging_bytes, copy.allocate)
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._warned = -QUIET
+        self._away: float | None = None
+        self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kvfs-save", daemon=True)
         self._thread.start()
 
@@ -70,6 +78,7 @@ class Saver:
     def close(self, wait: float) -> None:
         """Write what is on the way, for at most ``wait`` seconds."""
         self._queue.put(None)
+        self._closing.set()
         self._thread.join(wait)
 
     def _run(self) -> None:
@@ -78,7 +87,7 @@ class Saver:
             try:
                 if item.ready is not None:
                     item.ready()
-                self._write(item)
+                self._deliver(item)
             except (KvfsError, OSError) as e:
                 self._counts.add("save_drops", 1, type(e).__name__)
                 if time.monotonic() - self._warned > QUIET:
@@ -90,10 +99,25 @@ class Saver:
             finally:
                 self._staging.give(item.data)
 
+    def _deliver(self, item: Item) -> None:
+        """Write a part; wait for a daemon that does not answer, but not for ever."""
+        while True:
+            try:
+                self._write(item)
+            except (DaemonUnavailable, DeadlineExceeded):
+                now = time.monotonic()
+                self._away = self._away or now
+                if now - self._away > PATIENCE or self._closing.wait(PAUSE):
+                    raise
+            else:
+                self._away = None
+                return
+
     def _write(self, item: Item) -> None:
-        with self._client.reserve(item.meta.ns, item.data.nbytes, key=item.meta.key) as reservation:
-            written = write_part(reservation.fd, item.manifest, item.meta, item.data.data)
-            if self._client.publish(item.meta.ns, reservation, item.meta.key, item.meta.part):
+        meta = item.meta
+        with self._client.reserve(meta.ns, item.data.nbytes, timeout=ANSWER, key=meta.key) as reservation:
+            written = write_part(reservation.fd, item.manifest, meta, item.data.data)
+            if self._client.publish(meta.ns, reservation, meta.key, meta.part):
                 self._counts.add("saved_parts", 1)
                 self._counts.add("saved_bytes", written)
             else:

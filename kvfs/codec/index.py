@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
-from kvfs.chunk import PartLayout, PartMeta, TensorSpec
+from kvfs.chunk import MAX_DATA, PartLayout, PartMeta, TensorSpec
 from kvfs.codec.rope import MAX_FREQUENCY, Rope
 from kvfs.codec.shape import DTYPES, SINK, Kind, Section, Shape, Style
 
@@ -18,7 +18,7 @@ __all__ = ["Index"]
 VERSION = 1
 LAYER_ALIGNMENT = 16
 """The streams of a layer start at a multiple of it."""
-MAX_LAYERS, MAX_HEADS, MAX_STREAM = 1024, 1024, 1 << 31
+MAX_LAYERS, MAX_HEADS = 1024, 1024
 BATCH = 1 << 19
 """Bytes of KV that a native call codes, at least: enough to hide the call, few enough to share out."""
 _HEAD = struct.Struct("<8I")
@@ -167,7 +167,7 @@ class Index:
         layer_sums = take(np.uint8, 8 * n_layers).tobytes()
         sums = take(np.uint8, 8 * n_layers * heads * (1 if latent else 2)).tobytes()
         index = cls(shape, latent, heads, layers, turned, inv_freq, sizes, layer_sums, sums)
-        if index.layout.nbytes > MAX_STREAM or index.pack() != block:
+        if index.layout.nbytes > MAX_DATA or index.pack() != block:
             raise ValueError("not the index that its numbers make")
         return index
 

@@ -82,7 +82,7 @@ class Shape:
             (nbytes == 2 or (self.lossless and nbytes > 0))
             and 0 <= self.raw_tokens <= (0 if self.lossless else self.tokens)
             and 0 < self.tokens <= MAX_TOKENS
-            and all(s.channels % 8 == 0 for s in self.sections)
+            and all(s.channels > 0 and s.channels % 8 == 0 for s in self.sections)
             and self.channels % LANES == 0
             and self.channels <= MAX_CHANNELS
         )
