@@ -32,15 +32,6 @@ def load_config(rows: dict[str, list[str]]) -> Config:
     return Config(**values, origins=MappingProxyType({name: origin for name, (_, origin) in rows.items()}))
 
 
-def config_toml(config: Config) -> str:
-    """The settings as a TOML file, each with its origin; an equal configuration loads from it."""
-    lines = ["# The settings of this daemon, and where each came from.\n"]
-    for name, row in SETTINGS.items():
-        shown = row.show(getattr(config, name))
-        lines.append(f"{'' if shown else '# '}{name} = {json.dumps(shown)}  # {config.origins.get(name, 'default')}\n")
-    return "".join(lines)
-
-
 def dump_error(error: KvfsError) -> list[str]:
     """An error as its class and arguments."""
     return [type(error).__name__, *map(str, error.args)]

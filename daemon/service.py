@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from kvfs.config import to_toml
 from kvfs.daemon.catalog import Catalog
 from kvfs.daemon.control import ControlServer
-from kvfs.daemon.handover import config_toml
 from kvfs.daemon.scrub import Scrubber
 from kvfs.daemon.view import View
 from kvfs.daemon.watch import Watcher
@@ -36,7 +36,7 @@ class Service:
         self._stop_metrics = self.metrics.serve(config.metrics_listen) if config.metrics_listen else None
         self._store = Store.open(config.store, config.durability)
         self.catalog = Catalog(self._store, config, self.metrics, resumed)
-        self.view = View(self.catalog, config, config_toml(config), socket_bound=resumed)
+        self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)
         self._watcher = Watcher(self.catalog)
         self._scrubber = Scrubber(self.catalog, config.scrub_rate)
         self._control: ControlServer | None = None
