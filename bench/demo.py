@@ -94,9 +94,13 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'':<26}{'prompt':>8}{'from store':>12}{'TTFT cold':>11}{'TTFT kvfs':>11}{'':>8}  same answer"]
     lines += [
         f"{r.title:<26}{r.tokens:>8,}{r.loaded:>12,}{r.cold:>9.2f} s{r.warm:>9.2f} s{r.cold / r.warm:>7.0f}x  "
-        f"{'yes' if r.same else 'no (bfloat16 tie)'}"
+        f"{'yes' if r.same else 'no*'}"
         for r in rows
     ]
+    if not all(r.same for r in rows):
+        lines.append(
+            "* where two tokens are equally likely in bfloat16, any hit, the engine's own too, may turn the answer"
+        )
     return "\n".join(lines)
 
 
