@@ -24,7 +24,8 @@ from kvfs.protocol import MAX_FDS, MAX_KEYS, Deadline, join_keys
 
 __all__ = ["MountClient"]
 
-RELEASE = 0.05
+RELEASE = 1.0
+"""Seconds to give something back. No engine waits for it, and a busy host must not look like a dead daemon."""
 GREETING = 1.0
 AGAIN = 0.05
 
