@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
 import re
 import secrets
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kvfs.client import Client
     from kvfs.identity import PartId
 
 
@@ -97,7 +95,8 @@ def sweep(target: Target, suspects: list[Suspect], dry_run: bool) -> list[dict[s
     damaged = []
     for suspect, error in check(target, suspects):
         with target.client() as client:
-            moved = not dry_run and put_away(target, client, suspect, error)
+            # A daemon that met the damage was quicker, or puts it away now.
+            moved = not dry_run and client.report(suspect.ns, suspect.key, suspect.part, error.reason, REPORT)
         damaged.append(
             {
                 "ns": suspect.ns.hex(),
@@ -132,16 +131,6 @@ def check(target: Target, suspects: list[Suspect]) -> Iterator[tuple[Suspect, Ch
             continue
         except ChunkCorrupt as error:
             yield suspect, error
-
-
-def put_away(target: Target, client: Client, suspect: Suspect, error: ChunkCorrupt) -> bool:
-    """Have a damaged part checked again and moved to lost+found; tell whether it is gone from its place."""
-    from kvfs.names import part_path
-
-    ns, key, part, _ = suspect
-    with contextlib.suppress(ChunkNotFound):  # a daemon that met the damage was quicker
-        client.report(ns, key, part, error.reason, timeout=REPORT)
-    return not os.path.lexists(target.path / ns.hex() / part_path(key, part))
 
 
 def show_report(report: dict[str, Any]) -> None:

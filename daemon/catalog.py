@@ -162,13 +162,15 @@ class Catalog:
         self.leases.grant(holder, lease, ns, keys)
         return self.index.masks(ns, keys).count(0)
 
-    def report(self, holder: Hashable, ns: bytes, key: bytes, part: PartId, reason: str | None) -> None:
-        """What a reader found: None if the part is whole, which only one who holds it can say."""
+    def report(self, holder: Hashable, ns: bytes, key: bytes, part: PartId, reason: str | None) -> bool:
+        """What a reader found: None if the part is whole, which only one who holds it can say.  True if the part is
+        not in its place any more: moved to quarantine, or removed."""
         if reason is not None:
             self.damaged(ns, key, part, reason)
         elif self.leases.holds(holder, ns, key):
             with contextlib.suppress(ChunkNotFound):  # removed meanwhile
                 self.verifier.vouch(ns, key, part)
+        return not self.store.masks(ns, [key])[0] & self.store.manifest(ns).bit(part)
 
     def touch(self, ns: bytes, keys: Sequence[bytes]) -> None:
         """Count chunks as used now."""

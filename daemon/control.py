@@ -223,8 +223,7 @@ class _Connection:
         return {}, []
 
     def _report(self, ns: bytes, key: bytes, part: str, reason: str | None = None) -> Answer:
-        self.catalog.report(self, ns, key, PartId.parse(part), reason)
-        return {}, []
+        return {"gone": self.catalog.report(self, ns, key, PartId.parse(part), reason)}, []
 
     def _reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Answer:
         if len(self._reserved) >= MAX_RESERVATIONS:

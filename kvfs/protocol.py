@@ -110,7 +110,8 @@ VERBS: Mapping[str, Verb] = {
     "hold": Verb({"ns": _key, "lease": _count, "keys": _keys}, {"missing": _count}),
     # leases: one u64 (little endian) each; unknown ones are none of the server's business.
     "release": Verb({"leases": _blob}, {}),
-    "report": Verb({**_PART, "reason": _text}, {}, frozenset({"reason"})),
+    # gone: the part is not in its place any more.
+    "report": Verb({**_PART, "reason": _text}, {"gone": _flag}, frozenset({"reason"})),
     # The answer carries one writable descriptor.  `key`: of the chunk to come, for what is stored at its second coming.
     "reserve": Verb({"ns": _key, "nbytes": _count, "key": _key}, {"token": _text}, frozenset({"key"})),
     "publish": Verb({"token": _text, **_PART}, {"created": _flag}),

@@ -123,11 +123,12 @@ class MountClient:
         ids.append(lease)
         return [LeasedPart(*ref, fd, bool(ok)) for ref, fd, ok in zip(refs, fds, verified, strict=True)]
 
-    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> None:
+    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> bool:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and
-        the daemon checks it again and takes it away."""
+        the daemon checks it again and takes it away.  True if the part is not in its place any more."""
         fields: dict[str, Any] = {} if reason is None else {"reason": reason}
-        self._reads.call("report", timeout, ns=ns, key=key, part=str(part), **fields)
+        reply, _ = self._reads.call("report", timeout, ns=ns, key=key, part=str(part), **fields)
+        return bool(reply["gone"])
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Count chunks as used now."""

@@ -146,18 +146,19 @@ class StoreClient:
             raise
         return Lease(tuple(parts), _nothing)
 
-    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> None:
+    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> bool:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and it is
-        checked again and taken away."""
-        self._reads.call("report", timeout, lambda: self._report(ns, key, part, reason))
+        checked again and taken away.  True if the part is not in its place any more."""
+        return self._reads.call("report", timeout, lambda: self._report(ns, key, part, reason))
 
-    def _report(self, ns: bytes, key: bytes, part: PartId, reason: str | None) -> None:
+    def _report(self, ns: bytes, key: bytes, part: PartId, reason: str | None) -> bool:
         verifier = self._open()
         with contextlib.suppress(ChunkNotFound):
             if reason is None:
                 verifier.vouch(ns, key, part)
             elif error := verifier.condemn(ns, key, part):
                 self._quarantined[error.reason] = self._quarantined.get(error.reason, 0) + 1
+        return not verifier.store.masks(ns, [key])[0] & verifier.store.manifest(ns).bit(part)
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Do nothing: recency is the daemon's to keep."""
