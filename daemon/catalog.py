@@ -22,10 +22,12 @@ from kvfs.daemon.trace import Trace
 from kvfs.daemon.wear import Wear
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
 from kvfs.explain import Known, explain
+from kvfs.hydrate import Area
 from kvfs.identity import Manifest, PartId
 from kvfs.index import Index
 from kvfs.metrics import Metrics
 from kvfs.names import parse_part_name
+from kvfs.reader import Reader
 from kvfs.store import Store, Temp
 from kvfs.verify import Opened, Verifier
 
@@ -34,8 +36,8 @@ __all__ = ["Catalog", "Listener"]
 log = logging.getLogger(__name__)
 
 Listener = Callable[[str, bytes, bytes | None, PartId | None], None]
-"""``listener(event, ns, key, part)``; events are ``registered`` and ``retired`` (of a namespace), ``added`` and
-``removed`` (of a part)."""
+"""``listener(event, ns, key, part)``; events are ``registered`` and ``retired`` (of a namespace), ``added``,
+``removed`` and ``changed`` (of a part; the last: it is another file now)."""
 
 
 class Catalog:
@@ -51,6 +53,7 @@ class Catalog:
         self.index = Index(store, POLICIES[config.policy])
         self.leases = Leases(resumed)
         self.verifier = Verifier(store, always=config.verify == "always")
+        self.reader = Reader(self.verifier, Area(config.hydrate_limit), self.lost)
         self._verified_path = store.derived / f"verified.{socket.gethostname()}"
         self._listeners: list[Listener] = []
         self.last_use = 0.0
@@ -60,7 +63,7 @@ class Catalog:
         self.verifier.load(self._verified_path)
         if not self.index.load():
             self.index.reconcile()
-        self.evictor = Evictor(store, self.index, self.leases, config, self._evicted, self._lost)
+        self.evictor = Evictor(store, self.index, self.leases, config, self._evicted, self.lost)
         daily = config.write_budget and config.write_budget.of(self.evictor.total)
         self.wear = Wear(store.derived / f"written.{socket.gethostname()}", daily)
         self.admission = Admission(self.verifier, self.evictor, self.wear, metrics)
@@ -110,34 +113,33 @@ class Catalog:
         return masks
 
     def open_part(self, ns: bytes, key: bytes, part: PartId, verify: bool = True) -> int:
-        """A read-only descriptor of a part.
+        """A read-only descriptor of the raw form of a part, decoded if it is stored in its coded form.
 
         With ``verify`` a part not known to be whole is read in full first, and put into quarantine if it is not:
-        ChunkCorrupt.  ChunkNotFound.
+        ChunkCorrupt.
         """
+        return self.show(ns, key, part, verify).fd
+
+    def show(
+        self, ns: bytes, key: bytes, part: PartId, verify: bool = True, before_slow: Callable[[], None] = lambda: None
+    ) -> Opened:
+        """As `open_part`; ``before_slow`` is called before a part is read in full or decoded."""
         self.last_use = time.monotonic()
-        return self._open(ns, key, part, verify)
+        opened = self.reader.open(ns, key, part, before_slow=before_slow)
+        if verify and not opened.verified:
+            before_slow()
+            with self.metrics.verify_seconds.time():
+                self.reader.verify(opened, ns, key, part)
+        return opened
 
-    def _open(self, ns: bytes, key: bytes, part: PartId, verify: bool, again: bool = False) -> int:
-        try:
-            opened = self.verifier.open(ns, key, part)
-            try:
-                if again or (verify and not opened.verified):
-                    with self.metrics.verify_seconds.time():
-                        self.verifier.check(opened.fd, ns, key, part)
-            except BaseException:
-                os.close(opened.fd)
-                raise
-        except (ChunkNotFound, ChunkCorrupt) as e:
-            self._lost(ns, key, part, e)
-            raise
-        return opened.fd
+    def lease(
+        self, holder: Hashable, lease: int, ns: bytes, refs: Sequence[tuple[bytes, PartId]], coded: bool = False
+    ) -> list[Opened]:
+        """Open parts, and claim their chunks for ``holder`` under its number ``lease``; all or none.  ``coded``: the
+        holder takes a part in its coded form where there is no raw one; otherwise that is decoded for it.
 
-    def lease(self, holder: Hashable, lease: int, ns: bytes, refs: Sequence[tuple[bytes, PartId]]) -> list[Opened]:
-        """Open parts, and claim their chunks for ``holder`` under its number ``lease``; all or none.
-
-        ChunkNotFound for the first that is missing, ChunkCorrupt; whether a part is whole is for the reader to
-        check unless it is known.
+        ChunkNotFound for the first that is missing, ChunkCorrupt, StoreBusy if there is no memory to decode it now;
+        whether a part is whole is for the reader to check unless it is known.
         """
         self.last_use = time.monotonic()
         keys = list(dict.fromkeys(key for key, _ in refs))
@@ -145,13 +147,11 @@ class Catalog:
         opened: list[Opened] = []
         try:
             for key, part in refs:
-                opened.append(self.verifier.open(ns, key, part))
-        except BaseException as e:
+                opened.append(self.reader.open(ns, key, part, coded))
+        except BaseException:
             self.leases.release(holder, lease)
             for o in opened:
                 os.close(o.fd)
-            if isinstance(e, ChunkNotFound | ChunkCorrupt):
-                self._lost(ns, *refs[len(opened)], e)
             raise
         self.index.touch(ns, keys)
         self.metrics.leased_bytes.inc(sum(o.size for o in opened))
@@ -177,33 +177,42 @@ class Catalog:
     # --- damage ---
 
     def damaged(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
-        """Somebody found a part damaged.  Check it; True if it is, and has been moved to quarantine."""
-        try:
-            os.close(self._open(ns, key, part, verify=True, again=True))
-        except ChunkNotFound:
-            return False
-        except ChunkCorrupt:
-            return True
+        """Somebody found a part damaged.  Check its files; True if one is, and has been moved to quarantine."""
+        found = False
+        for coded in (False, True):
+            with contextlib.suppress(ChunkNotFound):
+                try:
+                    fd = self.store.open_part(ns, key, part, coded)
+                    try:
+                        self.verifier.check(fd, ns, key, part, coded)
+                    finally:
+                        os.close(fd)
+                except ChunkCorrupt as e:
+                    self.lost(ns, key, part, e, coded)
+                    found = True
+        if found or not self.index.masks(ns, [key])[0] & self.store.manifest(ns).bit(part):
+            return found
         log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
         return False
 
-    def _lost(self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt) -> None:
-        """What turned out to be missing or damaged is no longer shown to anyone."""
+    def lost(
+        self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool = False
+    ) -> None:
+        """What turned out to be missing or damaged, in one form, is no longer shown to anyone."""
         if isinstance(error, ChunkCorrupt):
             if not self.config.read_only:
                 purged = self.store.lost.purged
-                self.verifier.quarantine(ns, key, part, error)
+                self.verifier.quarantine(ns, key, part, error, coded)
                 self.metrics.purged.inc(self.store.lost.purged - purged)
             self.metrics.quarantined.labels(error.reason).inc()
             log.warning("%s; it is in lost+found", error)
-        self._vanished(ns, key, part)
+        self._vanished(ns, key, part, coded)
 
-    def _vanished(self, ns: bytes, key: bytes, part: PartId) -> None:
-        if self.index.masks(ns, [key])[0] & self.store.manifest(ns).bit(part):
-            row = self.index.get(ns, key)
-            size = row.size // max(1, row.mask.bit_count()) if row else 0
-            self.index.discard(ns, key, part, size)
-            self._tell("removed", ns, key, part)
+    def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
+        """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
+        is_gone = self.index.discard(ns, key, part, coded=coded)
+        if is_gone or not coded:
+            self._tell("removed" if is_gone else "changed", ns, key, part)
 
     # --- writing ---
 
@@ -261,8 +270,8 @@ class Catalog:
             raise IdentityError(f"{name!r} is not the name of a part (<key>.<kind>.h<slice>.safetensors)")
         return self.publish_file(ns, temp, *named)
 
-    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta) -> None:
-        if self.index.add(ns, key, part, size, meta):
+    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta, coded: bool = False) -> None:
+        if self.index.add(ns, key, part, size, meta, coded):
             self._tell("added", ns, key, part)
 
     def remove_chunk(self, ns: bytes, key: bytes) -> bool:
@@ -330,14 +339,14 @@ class Catalog:
                     self.store.reap_temps(ns)
         return counts
 
-    def refresh(self, ns: bytes, key: bytes, part: PartId) -> None:
-        """A part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
+    def refresh(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> None:
+        """A file of a part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
         try:
-            header, size = self.verifier.peek(ns, key, part)
+            meta, size = self.verifier.peek(ns, key, part, coded)
         except (ChunkNotFound, ChunkCorrupt):
-            self._vanished(ns, key, part)
+            self._vanished(ns, key, part, coded)
         else:
-            self._appeared(ns, key, part, size, header.meta)
+            self._appeared(ns, key, part, size, meta, coded)
 
     # --- asking ---
 

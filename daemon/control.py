@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import kvfs
+from kvfs.codec import FORMS
 from kvfs.daemon.catalog import Catalog
 from kvfs.errors import (
     DaemonUnavailable,
@@ -203,14 +204,15 @@ class _Connection:
         masks = self.catalog.lookup(ns, split_keys(keys))
         return {"masks": struct.pack(f"<{len(masks)}Q", *masks)}, []
 
-    def _lease(self, ns: bytes, lease: int, keys: bytes, names: list[str], which: bytes) -> Answer:
+    def _lease(self, ns: bytes, lease: int, keys: bytes, names: list[str], which: bytes, coded: bool = False) -> Answer:
         wanted = split_keys(keys)
         if len(which) != len(wanted) or len(which) > MAX_FDS or any(i >= len(names) for i in which):
             raise ProtocolError("lease: keys and parts do not fit")
         parts = [PartId.parse(name) for name in names]
         refs = [(key, parts[i]) for key, i in zip(wanted, which, strict=True)]
-        opened = self.catalog.lease(self, lease, ns, refs)
-        return {"verified": bytes(o.verified for o in opened)}, [o.fd for o in opened]
+        opened = self.catalog.lease(self, lease, ns, refs, coded)
+        about = {"verified": bytes(o.verified for o in opened), "forms": bytes(FORMS.index(o.form) for o in opened)}
+        return about, [o.fd for o in opened]
 
     def _hold(self, ns: bytes, lease: int, keys: bytes) -> Answer:
         return {"missing": self.catalog.hold(self, lease, ns, split_keys(keys))}, []

@@ -66,7 +66,7 @@ def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     session = Session(spec["fuse"], service.view, Nodes(spec["table"]), maker, service.metrics, config.threads)
 
     def on_change(event: str, ns: bytes, key: bytes | None, part: PartId | None) -> None:
-        if event == "removed" and key is not None and part is not None:
+        if event in {"removed", "changed"} and key is not None and part is not None:
             session.gone([path_of(ns, key, part)])
         elif event == "retired":
             session.gone([f"/{ns.hex()}"])

@@ -170,6 +170,12 @@ class Config:
             "Bytes a second of all parts that are read again, once a week, to find damage before a reader does.",
         ),
     )
+    hydrate_limit: int = field(
+        default=512 << 20,
+        metadata=row(
+            size("1MiB", "64TiB"), "Bytes of memory for coded parts that are decoded for readers of their raw form."
+        ),
+    )
     quarantine_limit: int = field(
         default=1 << 30,
         metadata=row(

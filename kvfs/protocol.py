@@ -104,8 +104,13 @@ VERBS: Mapping[str, Verb] = {
     # masks: one u64 a key, bit i = part i of the namespace's manifest.
     "lookup": Verb({"ns": _key, "keys": _keys}, {"masks": _blob}),
     # The j-th part asked for is names[which[j]] of the j-th key; the answer carries a descriptor for each, in
-    # order, and in `verified` a byte 0 or 1.  `lease` is a number the client chose.
-    "lease": Verb({"ns": _key, "lease": _count, "keys": _keys, "names": _names, "which": _blob}, {"verified": _blob}),
+    # order, in `verified` a byte 0 or 1, and in `forms` the number of its form (kvfs.codec.FORMS).  `lease` is a number
+    # the client chose.  `coded`: the client takes coded forms too.
+    "lease": Verb(
+        {"ns": _key, "lease": _count, "keys": _keys, "names": _names, "which": _blob, "coded": _flag},
+        {"verified": _blob, "forms": _blob},
+        frozenset({"coded"}),
+    ),
     # A lease of an earlier connection claimed again, without descriptors; `missing`: keys gone meanwhile.
     "hold": Verb({"ns": _key, "lease": _count, "keys": _keys}, {"missing": _count}),
     # leases: one u64 (little endian) each; unknown ones are none of the server's business.

@@ -18,6 +18,7 @@ import numpy as np
 from kvfs.client.claims import Lease, LeasedPart, Reservation
 from kvfs.client.fork import restart_in_child
 from kvfs.client.link import Call, Link
+from kvfs.codec import FORMS
 from kvfs.errors import DaemonUnavailable, KvfsError, ProtocolError
 from kvfs.identity import Manifest, PartId, canonical_json
 from kvfs.protocol import MAX_FDS, MAX_KEYS, Deadline, join_keys
@@ -79,25 +80,28 @@ class MountClient:
             masks += np.frombuffer(reply["masks"], dtype="<u8").tolist()
         return masks
 
-    def lease(self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], timeout: float = 0.5) -> Lease:
-        """Open parts for reading and keep their chunks from eviction; all of them or none.
+    def lease(
+        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], timeout: float = 0.5, coded: bool = False
+    ) -> Lease:
+        """Open parts for reading and keep their chunks from eviction; all of them or none.  ``coded``: take a part as
+        it is stored; otherwise one without its raw form is decoded first.
 
         ChunkNotFound names the first missing part; ChunkCorrupt, NamespaceNotFound, DeadlineExceeded,
-        DaemonUnavailable.
+        DaemonUnavailable, StoreBusy if there is no memory to decode it now.
         """
         deadline = Deadline(f"lease at {self.path}", timeout)
         parts: list[LeasedPart] = []
         ids: list[int] = []
         try:
             for at in range(0, len(refs), MAX_FDS):
-                parts += self._lease_some(ns, refs[at : at + MAX_FDS], deadline, ids)
+                parts += self._lease_some(ns, refs[at : at + MAX_FDS], deadline, ids, coded)
         except BaseException:
             Lease(tuple(parts), functools.partial(self._end, ids)).release()
             raise
         return Lease(tuple(parts), functools.partial(self._end, ids))
 
     def _lease_some(
-        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], deadline: Deadline, ids: list[int]
+        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], deadline: Deadline, ids: list[int], coded: bool
     ) -> list[LeasedPart]:
         number = {part: i for i, part in enumerate(dict.fromkeys(part for _, part in refs))}
         with self._lock:
@@ -112,16 +116,18 @@ class MountClient:
             keys=join_keys(keys),
             names=[str(part) for part in number],
             which=bytes(number[part] for _, part in refs),
+            coded=coded,
         )
-        verified = reply["verified"]
-        if len(fds) != len(refs) or len(verified) != len(refs):
+        verified, forms = reply["verified"], reply["forms"]
+        if {len(fds), len(verified), len(forms)} != {len(refs)} or any(form >= len(FORMS) for form in forms):
             for fd in fds:
                 os.close(fd)
             raise ProtocolError(f"{len(fds)} descriptors for {len(refs)} parts")
         with self._lock:
             self._leases[lease] = (ns, list(dict.fromkeys(keys)))
         ids.append(lease)
-        return [LeasedPart(*ref, fd, bool(ok)) for ref, fd, ok in zip(refs, fds, verified, strict=True)]
+        opened = zip(refs, fds, verified, forms, strict=True)
+        return [LeasedPart(*ref, fd, bool(ok), FORMS[form]) for ref, fd, ok, form in opened]
 
     def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> None:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and
