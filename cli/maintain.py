@@ -29,12 +29,13 @@ REPORT = 60.0
 
 
 class Suspect(NamedTuple):
-    """One part to be checked; ``size`` in bytes."""
+    """One file of a part to be checked; ``size`` in bytes."""
 
     ns: bytes
     key: bytes
     part: PartId
     size: int
+    coded: bool
 
 
 @click.command(short_help="Read every part and check it; put damaged ones away.")
@@ -115,18 +116,20 @@ def parts_of(target: Target, ns: bytes) -> Iterator[Suspect]:
     """Yield every part of a namespace."""
     for found in target.store.scan(ns):
         with contextlib.suppress(FileNotFoundError):
-            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size)
+            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size, found.coded)
 
 
 def check(target: Target, suspects: list[Suspect]) -> Iterator[tuple[Suspect, ChunkCorrupt]]:
     """Read all parts; yield those that are damaged, with what is wrong."""
     from kvfs.chunk import open_part
+    from kvfs.coded import open_coded
 
     store = target.store
     for suspect in render.progress(suspects, "checking", lambda suspect: suspect.size):
         try:
-            fd = store.open_part(suspect.ns, suspect.key, suspect.part)
-            with open_part(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
+            fd = store.open_part(suspect.ns, suspect.key, suspect.part, suspect.coded)
+            opened = open_coded if suspect.coded else open_part
+            with opened(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
                 file.verify()
         except ChunkNotFound:  # removed meanwhile
             continue
@@ -138,10 +141,10 @@ def put_away(target: Target, client: Client, suspect: Suspect, error: ChunkCorru
     """Have a damaged part checked again and moved to lost+found; tell whether it is gone from its place."""
     from kvfs.names import part_path
 
-    ns, key, part, _ = suspect
+    ns, key, part, _, coded = suspect
     with contextlib.suppress(ChunkNotFound):  # a daemon that met the damage was quicker
         client.report(ns, key, part, error.reason, timeout=REPORT)
-    return not os.path.lexists(target.path / ns.hex() / part_path(key, part))
+    return not os.path.lexists(target.path / ns.hex() / part_path(key, part, coded))
 
 
 def show_report(report: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ The filesystem view and the control socket both work on it; nothing else changes
 """
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -12,8 +13,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from kvfs.chunk import PartMeta
+from kvfs.codec import Level
 from kvfs.config import Config
+from kvfs.daemon import coder
 from kvfs.daemon.admission import Admission
+from kvfs.daemon.compact import Compactor, Make, Swept
 from kvfs.daemon.evict import Evictor, Freed
 from kvfs.daemon.figures import figures
 from kvfs.daemon.leases import Leases
@@ -45,10 +49,12 @@ class Catalog:
 
     A new catalog has read the snapshot of the index, or else listed the store; after a snapshot, call `reconcile`
     soon (`Watcher` does).  ``resumed``: it takes the place of a worker that died, whose clients are about to claim
-    again what they hold.
+    again what they hold.  ``make`` codes parts elsewhere (`kvfs.daemon.coder.Coder`) rather than in this process.
     """
 
-    def __init__(self, store: Store, config: Config, metrics: Metrics, resumed: bool = False) -> None:
+    def __init__(
+        self, store: Store, config: Config, metrics: Metrics, resumed: bool = False, make: Make | None = None
+    ) -> None:
         self.store, self.config, self.metrics = store, config, metrics
         self.index = Index(store, POLICIES[config.policy])
         self.leases = Leases(resumed)
@@ -67,11 +73,15 @@ class Catalog:
         daily = config.write_budget and config.write_budget.of(self.evictor.total)
         self.wear = Wear(store.derived / f"written.{socket.gethostname()}", daily)
         self.admission = Admission(self.verifier, self.evictor, self.wear, metrics)
+        self.compactor = Compactor(self, make or functools.partial(coder.make, store))
         self._trace = Trace(config.trace) if config.trace else None
         metrics.budget.set_function(lambda: self.evictor.accounts[-1].limit)
         metrics.written.set_function(self.wear.today)
         metrics.chunks.set_function(lambda: self.index.totals()[0])
-        metrics.bytes.labels("raw").set_function(lambda: self.index.totals()[1])
+        metrics.bytes.labels("raw").set_function(lambda: self.index.forms().raw)
+        metrics.bytes.labels("coded").set_function(lambda: self.index.forms().coded)
+        metrics.saved.set_function(lambda: self.index.forms().saved)
+        metrics.hydrated.set_function(lambda: self.reader.area.used)
         metrics.leases.set_function(lambda: len(self.leases))
         metrics.lost_bytes.set_function(lambda: store.lost.totals()[1])
 
@@ -79,7 +89,8 @@ class Catalog:
         """Call ``listener`` after each change, from the thread that made it.  It must be quick and not raise."""
         self._listeners.append(listener)
 
-    def _tell(self, event: str, ns: bytes, key: bytes | None = None, part: PartId | None = None) -> None:
+    def tell(self, event: str, ns: bytes, key: bytes | None = None, part: PartId | None = None) -> None:
+        """Let the listeners know of a change."""
         for listener in self._listeners:
             listener(event, ns, key, part)
 
@@ -94,8 +105,10 @@ class Catalog:
                 log.warning("no snapshot in %s: %s; the next start will list the store", self.store.derived, e.strerror)
 
     def close(self) -> None:
-        """End the evictor, save, and close the trace."""
+        """End the evictor and the compactor, save, and close the trace."""
         self.evictor.close()
+        self.compactor.close()
+        self.reader.area.close()
         self.save()
         if self._trace:
             self._trace.close()
@@ -212,7 +225,7 @@ class Catalog:
         """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
         is_gone = self.index.discard(ns, key, part, coded=coded)
         if is_gone or not coded:
-            self._tell("removed" if is_gone else "changed", ns, key, part)
+            self.tell("removed" if is_gone else "changed", ns, key, part)
 
     # --- writing ---
 
@@ -229,7 +242,7 @@ class Catalog:
             except NamespaceNotFound:
                 self._writable()
                 self.index.register(self.store.register(manifest, info))
-            self._tell("registered", ns)
+            self.tell("registered", ns)
         return ns
 
     def reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Temp:
@@ -272,15 +285,15 @@ class Catalog:
 
     def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta, coded: bool = False) -> None:
         if self.index.add(ns, key, part, size, meta, coded):
-            self._tell("added", ns, key, part)
+            self.tell("added", ns, key, part)
 
     def remove_chunk(self, ns: bytes, key: bytes) -> bool:
         """Remove all parts of a chunk; False if there were none.  StoreBusy while it is leased."""
         self._writable()
         manifest, [mask] = self.store.manifest(ns), self.index.masks(ns, [key])
         with self.leases.removing(ns, key):
+            self.index.discard(ns, key)  # first: what is being compacted would come back
             self.store.remove(ns, key, manifest.parts)
-            self.index.discard(ns, key)
         self._gone(ns, key, mask, "request")
         return mask != 0
 
@@ -289,7 +302,7 @@ class Catalog:
         for part in manifest.parts:
             if mask & manifest.bit(part):
                 self.metrics.removed.labels(reason).inc()
-                self._tell("removed", ns, key, part)
+                self.tell("removed", ns, key, part)
 
     def _evicted(self, ns: bytes, key: bytes, mask: int, reason: str) -> None:
         self.metrics.evicted.labels(reason).inc()
@@ -299,6 +312,16 @@ class Catalog:
         """Remove the least useful chunks, of one namespace or all, until ``nbytes`` are free or none may go."""
         self._writable()
         return self.evictor.evict(self.index.namespaces() if ns is None else [ns], nbytes, "request")
+
+    def sweep(self, ns: bytes | None, idle: float | None, seconds: float) -> Swept:
+        """Compact what was not used for a while: see `Compactor.sweep`."""
+        self._writable()
+        return self.compactor.sweep(ns, idle, seconds)
+
+    def force(self, ns: bytes, level: Level) -> None:
+        """Have a namespace compacted to ``level``: see `Compactor.force`."""
+        self._writable()
+        self.compactor.force(ns, level)
 
     def pin(self, ns: bytes, key: bytes, pinned: bool) -> None:
         """Keep a chunk, and what comes before it in its text, from eviction, or end that; ChunkNotFound.  Remembered in
@@ -316,7 +339,7 @@ class Catalog:
             self.store.retire(ns)
             self.index.forget(ns)
         self.metrics.removed.labels("retired").inc(chunks)
-        self._tell("retired", ns)
+        self.tell("retired", ns)
         return chunks
 
     # --- behind our back ---
@@ -326,13 +349,13 @@ class Catalog:
         files of writers that died."""
         known = set(self.index.namespaces())
         counts = self.index.reconcile(
-            lambda ns, key, part, appeared: self._tell("added" if appeared else "removed", ns, key, part)
+            lambda ns, key, part, appeared: self.tell("added" if appeared else "removed", ns, key, part)
         )
         present = set(self.index.namespaces())
         for ns in known - present:
-            self._tell("retired", ns)
+            self.tell("retired", ns)
         for ns in present - known:
-            self._tell("registered", ns)
+            self.tell("registered", ns)
         if not self.config.read_only:
             for ns in present:
                 with contextlib.suppress(KvfsError, OSError):  # retired meanwhile, or not ours to write

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import kvfs
-from kvfs.codec import FORMS
+from kvfs import codec
 from kvfs.daemon.catalog import Catalog
 from kvfs.errors import (
     DaemonUnavailable,
@@ -44,6 +44,8 @@ IDLE = 120.0
 FRAME = 5.0
 """Seconds in which a frame that has begun arrives whole, and in which an answer is taken."""
 ACCEPT_PAUSE = 0.1
+SWEEP = 30
+"""Seconds, at most, that one request to compact is worked on."""
 
 Fields = dict[str, Any]
 Answer = tuple[Fields, list[int]]
@@ -211,7 +213,10 @@ class _Connection:
         parts = [PartId.parse(name) for name in names]
         refs = [(key, parts[i]) for key, i in zip(wanted, which, strict=True)]
         opened = self.catalog.lease(self, lease, ns, refs, coded)
-        about = {"verified": bytes(o.verified for o in opened), "forms": bytes(FORMS.index(o.form) for o in opened)}
+        about = {
+            "verified": bytes(o.verified for o in opened),
+            "forms": bytes(codec.FORMS.index(o.form) for o in opened),
+        }
         return about, [o.fd for o in opened]
 
     def _hold(self, ns: bytes, lease: int, keys: bytes) -> Answer:
@@ -271,6 +276,19 @@ class _Connection:
         self._administer()
         freed = self.catalog.evict(ns, nbytes)
         return {"chunks": freed.chunks, "bytes": freed.bytes}, []
+
+    def _compact(self, seconds: int, idle: int | None = None, ns: bytes | None = None) -> Answer:
+        self._administer()
+        return self.catalog.sweep(ns, idle, min(seconds, SWEEP))._asdict(), []
+
+    def _plan(self, idle: int | None = None, ns: bytes | None = None, level: str | None = None) -> Answer:
+        self._administer()
+        return _document({"namespaces": self.catalog.compactor.plan(ns, idle, level and codec.level(level))})
+
+    def _force(self, ns: bytes, level: str) -> Answer:
+        self._administer()
+        self.catalog.force(ns, codec.level(level))
+        return {}, []
 
     def _pin(self, ns: bytes, key: bytes, pinned: bool) -> Answer:
         self._administer()

@@ -93,6 +93,8 @@ class Evictor:
         self.store, self.index, self.leases, self.config = store, index, leases, config
         self._on_evicted, self._on_lost = on_evicted, on_lost
         self._verifier = Verifier(store)
+        self.relief: Callable[[Account, int], bool] = lambda _account, _used: False
+        """Asked with a budget that is exceeded and what is used of it: whether room is being made in another way."""
         self._sweeps: dict[bytes, int] = {}
         self._round = threading.Lock()
         self._wake, self._stopping = threading.Event(), False
@@ -160,6 +162,10 @@ class Evictor:
         """Bytes to keep free."""
         return self.config.min_free.of(self.total)
 
+    def spare(self) -> int:
+        """Bytes that may be used before too little is free."""
+        return self.free - int(self.floor() * END)
+
     def lacking(self, ns: bytes, nbytes: int, pending: int) -> str | None:
         """Which budget, or ``space``, has no room for ``nbytes`` more in a namespace, beside ``pending`` bytes that are
         being written; None if there is room."""
@@ -185,7 +191,7 @@ class Evictor:
         self.measure()
         for account in self.accounts:
             used = self.used(account)
-            if used > account.limit * self.config.high_watermark:
+            if used > account.limit * self.config.high_watermark and not self.relief(account, used):
                 self.evict(account.namespaces, used - int(account.limit * self.config.low_watermark), account.name)
         pressed, self._pressed = self._pressed, False
         wanted = int(self.index.totals()[1] * PRESSED) if pressed else 0

@@ -72,6 +72,7 @@ def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
             session.gone([f"/{ns.hex()}"])
 
     service.catalog.on_change(on_change)
+    service.catalog.reader.area.release = lambda source: session.let_go(source[1])
     session.start()
     if spec["resumed"]:
         session.refresh()

@@ -19,7 +19,7 @@ from kvfs.errors import ChunkCorrupt, ChunkNotFound
 from kvfs.identity import Manifest, PartId
 from kvfs.store import Store
 
-__all__ = ["SEALS", "CodedFile", "open_coded", "open_stored", "reopen"]
+__all__ = ["SEALS", "CodedFile", "open_coded", "open_stored", "read_all", "read_coded_header", "reopen"]
 
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 """What a file in memory needs so that it can never change again."""
@@ -46,7 +46,7 @@ class CodedFile:
 
     def read(self) -> bytearray:
         """The whole file, by ``pread``.  ChunkCorrupt ``truncated`` or ``unreadable``."""
-        return _pread(self.fd, self.header.file_size, self.header.name)
+        return read_all(self.fd, self.header.file_size, self.header.name)
 
     def verify(self) -> None:
         """Read the file and compare the checksums of its streams.  ChunkCorrupt ``checksum``, and as `read`."""
@@ -91,17 +91,22 @@ def open_coded(fd: int, manifest: Manifest, key: bytes, part: PartId) -> CodedFi
     """
     name = f"{key.hex()}.{part}"
     try:
-        try:
-            coded = _parse(fd, _FIRST, name)
-        except ChunkCorrupt as e:
-            if e.reason != "truncated":
-                raise
-            coded = _parse(fd, MAX_HEADER + MAX_INDEX, name)
+        coded = read_coded_header(fd, name)
         coded.expect(manifest, key, part)
     except BaseException:
         os.close(fd)
         raise
     return CodedFile(fd, manifest, coded)
+
+
+def read_coded_header(fd: int, name: str = "?") -> CodedPart:
+    """Header and index of an open coded part; raises as `CodedPart.parse`, and ChunkCorrupt ``unreadable``."""
+    try:
+        return _parse(fd, _FIRST, name)
+    except ChunkCorrupt as e:
+        if e.reason != "truncated":
+            raise
+    return _parse(fd, MAX_HEADER + MAX_INDEX, name)
 
 
 def _parse(fd: int, nbytes: int, name: str) -> CodedPart:
@@ -127,7 +132,8 @@ def reopen(fd: int) -> int:
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
-def _pread(fd: int, size: int, name: str) -> bytearray:
+def read_all(fd: int, size: int, name: str) -> bytearray:
+    """The whole of an open file of ``size`` bytes, by ``pread``.  ChunkCorrupt ``truncated`` or ``unreadable``."""
     out = bytearray(size)
     view, at = memoryview(out), 0
     try:

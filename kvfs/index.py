@@ -83,11 +83,11 @@ class Index:
             tables = self._tables.values() if ns is None else [t for n, t in self._tables.items() if n == ns]
             return sum(map(len, tables)), sum(t.bytes for t in tables)
 
-    def forms(self, ns: bytes) -> Forms:
-        """What the forms of a namespace's parts take and save."""
-        t = self._table(ns)
+    def forms(self, ns: bytes | None = None) -> Forms:
+        """What the forms of the parts of a namespace, or of all, take and save."""
+        tables = [self._table(n) for n in ([ns] if ns else self.namespaces())]
         with self._lock:
-            return t.forms()
+            return Forms.total([t.forms() for t in tables])
 
     # --- what happens ---
 
@@ -114,6 +114,16 @@ class Index:
             elif is_new and t.mask[i] == bit:
                 t.unlearnt.append(i)
             return is_new
+
+    def add_form(self, ns: bytes, key: bytes, part: PartId, size: int, coded: bool) -> bool:
+        """A part that is there has got a file of its other form; False if it is gone meanwhile."""
+        t, bit = self._table(ns), self.store.manifest(ns).bit(part)
+        with self._lock:
+            i = t.find(key)
+            if t.mask[i] & bit and not (t.coded if coded else t.raw)[i] & bit:  # a listing may have been quicker
+                t.fill(i, bit, size, 0, coded)
+                self._changed = True
+            return bool(t.mask[i] & bit)
 
     @staticmethod
     def _learn(t: Table, i: int, meta: PartMeta, now: int) -> None:

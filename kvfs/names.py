@@ -6,6 +6,7 @@ from typing import NamedTuple
 from kvfs.identity import PartId
 
 __all__ = [
+    "CODED",
     "SUFFIX",
     "FileName",
     "is_derived",
@@ -21,6 +22,7 @@ __all__ = [
 
 SUFFIX = ".safetensors"
 CODED = ".cachegen"
+"""What stands before the suffix in the name of a coded form."""
 
 _NS = re.compile(r"[0-9a-f]{64}")
 _LEAF = re.compile(r"[0-9a-f]{3}")

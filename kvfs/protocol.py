@@ -129,6 +129,19 @@ VERBS: Mapping[str, Verb] = {
     "retire": Verb({"ns": _key}, {"chunks": _count}),
     # nbytes: how much to free, of one namespace or all.
     "evict": Verb({"ns": _key, "nbytes": _count}, {"chunks": _count, "bytes": _count}, frozenset({"ns"})),
+    # For about `seconds`, bring chunks not used for `idle` seconds (as a rule: as configured), of one namespace or all, to
+    # the coded form.
+    "compact": Verb(
+        {"ns": _key, "idle": _count, "seconds": _count},
+        {"chunks": _count, "before": _count, "after": _count, "done": _flag},
+        frozenset({"ns", "idle"}),
+    ),
+    # What that would do, if need be at another level.
+    "plan": Verb(
+        {"ns": _key, "idle": _count, "level": _text}, {"document": _document}, frozenset({"ns", "idle", "level"})
+    ),
+    # The operator's word on how far a namespace may be compacted.
+    "force": Verb({"ns": _key, "level": _text}, {}),
     "pin": Verb({"ns": _key, "key": _key, "pinned": _flag}, {}),
     # The daemon lists its store; the answer counts parts it did not know and parts that were gone.
     "reconcile": Verb({}, {"found": _count, "gone": _count}),

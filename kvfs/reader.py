@@ -24,6 +24,8 @@ class Reader:
 
     def __init__(self, verifier: Verifier, area: Area, on_lost: OnLost) -> None:
         self.verifier, self.area, self._on_lost = verifier, area, on_lost
+        self.on_coded: Callable[[bytes, bytes], None] = lambda _ns, _key: None
+        """Called with each chunk of which a part is opened that has no raw form."""
 
     def open(
         self, ns: bytes, key: bytes, part: PartId, coded: bool = False, before_slow: Callable[[], None] = _nothing
@@ -55,6 +57,7 @@ class Reader:
     def _open_coded(self, ns: bytes, key: bytes, part: PartId, coded: bool, before_slow: Callable[[], None]) -> Opened:
         with self.verifier.open_coded(ns, key, part) as file:
             st = os.fstat(file.fd)
+            self.on_coded(ns, key)
             if coded:
                 return Opened(os.dup(file.fd), self.verifier.is_verified(st), st.st_size, st.st_ino, file.header.form)
             before_slow()

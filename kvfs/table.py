@@ -2,8 +2,9 @@
 
 import functools
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -40,13 +41,19 @@ class Victim(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """Bytes of raw and of coded files, bytes that the coded form saves beside the raw one, and chunks by the coarsest
-    form that any of their parts was brought to."""
+    """Bytes of raw and of coded files, bytes that coded parts take less than their raw forms would (of those whose header
+    has been read), and chunks by the coarsest form that they were brought to."""
 
     raw: int
     coded: int
     saved: int
     chunks: dict[str, int]
+
+    @classmethod
+    def total(cls, each: Sequence[Self]) -> Self:
+        """Of several namespaces."""
+        chunks = sum((Counter(f.chunks) for f in each), Counter[str]())
+        return cls(sum(f.raw for f in each), sum(f.coded for f in each), sum(f.saved for f in each), dict(chunks))
 
 
 class Table(Rows):
@@ -84,12 +91,13 @@ class Table(Rows):
         """What the forms take and save."""
         coded, raw = view(self.coded), view(self.raw)
         packed = int(view(self.packed).sum())
+        known = int(view(self.packed)[view(self.tokens) > 0].sum())
         masks, which = np.unique(coded & ~raw, return_inverse=True)
         tokens = np.bincount(which, weights=view(self.tokens), minlength=len(masks)).tolist()
         instead = sum(int(n) * self._bytes_of_token(mask) for mask, n in zip(masks.tolist(), tokens, strict=True))
         counts = np.bincount(view(self.level)[coded != 0], minlength=len(FORMS)).tolist()
         chunks = {form: n for form, n in zip(FORMS, counts, strict=True) if n}
-        return Forms(self.bytes - packed, packed, instead - packed, chunks)
+        return Forms(self.bytes - packed, packed, instead - known, chunks)
 
     @functools.cache  # noqa: B019 - a handful of masks, and the table lives as long
     def _bytes_of_token(self, mask: int) -> int:

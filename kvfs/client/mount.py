@@ -132,8 +132,7 @@ class MountClient:
     def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> None:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and
         the daemon checks it again and takes it away."""
-        fields: dict[str, Any] = {} if reason is None else {"reason": reason}
-        self._reads.call("report", timeout, ns=ns, key=key, part=str(part), **fields)
+        self._reads.call("report", timeout, ns=ns, key=key, part=str(part), **_given(reason=reason))
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Count chunks as used now."""
@@ -178,8 +177,7 @@ class MountClient:
     def reserve(self, ns: bytes, nbytes: int, timeout: float = 0.5, key: bytes | None = None) -> Reservation:
         """A new file to write one part of ``nbytes`` into, of the chunk ``key``: beyond the daemon's budget for writes
         only a key that is offered again is taken.  StoreFull (its ``reason``), StoreReadOnly, NamespaceNotFound."""
-        of: dict[str, Any] = {} if key is None else {"key": key}
-        reply, fds = self._writes.call("reserve", timeout, nfds=1, ns=ns, nbytes=nbytes, **of)
+        reply, fds = self._writes.call("reserve", timeout, nfds=1, ns=ns, nbytes=nbytes, **_given(key=key))
         if not fds:
             raise ProtocolError("a reservation without a descriptor")
         return Reservation(ns, fds[0], reply["token"], functools.partial(self._discard, reply["token"]))
@@ -210,9 +208,23 @@ class MountClient:
     def evict(self, ns: bytes | None, nbytes: int, timeout: float = 600.0) -> tuple[int, int]:
         """Have the least useful chunks of a namespace, or of all (None), removed until ``nbytes`` are free; returns
         chunks and bytes.  Needs the daemon's rights."""
-        of: dict[str, Any] = {} if ns is None else {"ns": ns}
-        reply, _ = self._writes.call("evict", timeout, nbytes=nbytes, **of)
+        reply, _ = self._writes.call("evict", timeout, nbytes=nbytes, **_given(ns=ns))
         return int(reply["chunks"]), int(reply["bytes"])
+
+    def compact(self, ns: bytes | None, idle: int | None, seconds: int, timeout: float = 600.0) -> dict[str, Any]:
+        """Have chunks of a namespace, or of all (None), that were not used for ``idle`` seconds (None: as the daemon is
+        configured) brought to the coded form, for about ``seconds``; returns ``chunks``, bytes ``before`` and
+        ``after``, and whether all is ``done``.  Needs the daemon's rights."""
+        return self._writes.call("compact", timeout, seconds=seconds, **_given(ns=ns, idle=idle))[0]
+
+    def plan(self, ns: bytes | None, idle: int | None, level: str | None = None, timeout: float = 600.0) -> list[Any]:
+        """What `compact` would do, by namespace: see `kvfs.daemon.compact.Compactor.plan`."""
+        return list(self._document("plan", timeout, **_given(ns=ns, idle=idle, level=level))["namespaces"])
+
+    def force(self, ns: bytes, level: str, timeout: float = 5.0) -> None:
+        """Have a namespace of fidelity lossy compacted to a level, whatever `kvfs quality` found.  IdentityError.
+        Needs the daemon's rights."""
+        self._writes.call("force", timeout, ns=ns, level=level)
 
     def pin(self, ns: bytes, key: bytes, pinned: bool, timeout: float = 5.0) -> None:
         """Keep a chunk and those before it in its text from eviction, or end that.  ChunkNotFound.  Needs the daemon's
@@ -257,3 +269,8 @@ class MountClient:
         if not isinstance(document, dict):
             raise ProtocolError(f"the answer to {verb} is not an object")
         return document
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """The fields that have a value."""
+    return {name: value for name, value in fields.items() if value is not None}
