@@ -102,8 +102,8 @@ class Coder:
         self._store = store
         self._lock = threading.Lock()
         self._channel, theirs = Channel.pair()
-        self._pid = os.fork()
-        if not self._pid:
+        self.pid = os.fork()
+        if not self.pid:
             _serve(store, theirs.sock.detach())
         theirs.close()
 
@@ -121,7 +121,7 @@ class Coder:
     def close(self) -> None:
         """End the process, after the part that it is at."""
         self._channel.close()
-        os.waitpid(self._pid, 0)
+        os.waitpid(self.pid, 0)
 
 
 def _serve(path: Path, fd: int) -> None:

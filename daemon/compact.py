@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from kvfs.chunk import layout
 from kvfs.codec import FORMS, LEVELS, Level, gate
 from kvfs.daemon.coder import RAW, Made
-from kvfs.daemon.shown import stored_sizes
+from kvfs.daemon.shown import stored_files
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, IdentityError, KvfsError, StoreFull, Unsupported
 from kvfs.identity import PartId
 
@@ -73,6 +73,8 @@ class Compactor:
         self._queue: deque[tuple[bytes, bytes]] = deque()
         self._looked = 0.0  # when these were cold
         self._spent = 0.0
+        self.is_idle = False
+        """Whether there was nothing to do at the last look."""
         self._wake, self._stopping = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="kvfs-compact", daemon=True)
         catalog.reader.on_coded = self.used
@@ -110,11 +112,13 @@ class Compactor:
         """Do one chunk; returns seconds to rest."""
         with self._lock:
             hot = self._hot.popleft() if self._hot else None
+        self.is_idle = False
         if hot is not None:
             self.bring_back(*hot)
         elif (cold := self._next()) is not None:
             self.compact(*cold)
         else:
+            self.is_idle = True
             return LOOK
         spent, self._spent = self._spent, 0.0
         return spent / self._catalog.config.compact_share - spent
@@ -287,8 +291,8 @@ class Compactor:
             finally:
                 os.close(temp.fd)
             self._spent += made.seconds
-            there = stored_sizes(store, ns, key, part)
-            if coded and made.size > WORTH * there.get(False, 0):
+            source = stored_files(store, ns, key, part).get(not coded)
+            if source is None or (coded and made.size > WORTH * source.st_size):
                 return False
             admitted = catalog.verifier.admit(ns, temp.name, key, part, coded)
             catalog.wear.wrote(admitted.size)
@@ -297,6 +301,7 @@ class Compactor:
         if not catalog.index.add_form(ns, key, part, admitted.size, coded):  # removed meanwhile
             store.remove(ns, key, [part], [coded])
             return False
+        self._keep_times(ns, key, part, coded, source)
         catalog.index.learn(ns, admitted.meta)
         if coded:
             catalog.metrics.compacted.labels(made.form).inc()
@@ -304,12 +309,22 @@ class Compactor:
             catalog.tell("changed", ns, key, part)
         return True
 
+    def _keep_times(self, ns: bytes, key: bytes, part: PartId, coded: bool, source: os.stat_result) -> None:
+        """To its readers a part is as old in one form as in the other."""
+        with contextlib.suppress(ChunkNotFound):
+            fd = self._catalog.store.open_part(ns, key, part, coded)
+            try:
+                os.utime(fd, ns=(source.st_atime_ns, source.st_mtime_ns))
+                self._catalog.verifier.mark(os.fstat(fd))
+            finally:
+                os.close(fd)
+
     def _retire(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
         """Remove one form of a part that is there in the other too; who has it open reads on."""
         catalog = self._catalog
-        size = stored_sizes(catalog.store, ns, key, part).get(coded, 0)
+        there = stored_files(catalog.store, ns, key, part).get(coded)
         catalog.store.remove(ns, key, [part], [coded])
-        catalog.index.discard(ns, key, part, size, coded)
+        catalog.index.discard(ns, key, part, there and there.st_size, coded)
         if not coded:
             catalog.tell("changed", ns, key, part)
 
@@ -368,7 +383,7 @@ class Compactor:
         before = after = 0
         for key in keys[:: max(1, len(keys) // SAMPLE)][:SAMPLE]:
             for part in self._parts(ns, key):
-                sizes = stored_sizes(self._catalog.store, ns, key, part)
+                sizes = {form: st.st_size for form, st in stored_files(self._catalog.store, ns, key, part).items()}
                 before += sum(sizes.values())
                 after += sizes.get(True) or sizes.get(False, 0)
                 if False in sizes and True not in sizes:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 
 from kvfs.coded import open_stored
 from kvfs.daemon.incoming import refusal
-from kvfs.daemon.shown import stored_sizes
+from kvfs.daemon.shown import stored_files
 
 if TYPE_CHECKING:
     from kvfs.daemon.catalog import Catalog
@@ -30,7 +30,8 @@ def fact(catalog: Catalog, place: Place, name: str) -> bytes:
             with open_stored(catalog.store, place.ns, place.key, place.part) as file:
                 return file.header.form.encode()
         case "stored":
-            value = sum(stored_sizes(catalog.store, place.ns, place.key, place.part).values())
+            files = stored_files(catalog.store, place.ns, place.key, place.part)
+            value = sum(st.st_size for st in files.values())
         case "tokens":
             value = row.tokens or _tokens(catalog, place)
         case "hits":

@@ -21,13 +21,13 @@ MAX_SIZES: Final = 1 << 16
 """Coded files whose raw sizes are remembered."""
 
 
-def stored_sizes(store: Store, ns: bytes, key: bytes, part: PartId) -> dict[bool, int]:
-    """Bytes of the files of a part, by form (True: coded)."""
-    sizes = {}
+def stored_files(store: Store, ns: bytes, key: bytes, part: PartId) -> dict[bool, os.stat_result]:
+    """The files of a part, by form (True: coded)."""
+    found = {}
     for coded in (False, True):
         with contextlib.suppress(FileNotFoundError):
-            sizes[coded] = os.lstat(store.path / ns.hex() / part_path(key, part, coded)).st_size
-    return sizes
+            found[coded] = os.lstat(store.path / ns.hex() / part_path(key, part, coded))
+    return found
 
 
 class Shown:

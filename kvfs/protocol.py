@@ -129,8 +129,8 @@ VERBS: Mapping[str, Verb] = {
     "retire": Verb({"ns": _key}, {"chunks": _count}),
     # nbytes: how much to free, of one namespace or all.
     "evict": Verb({"ns": _key, "nbytes": _count}, {"chunks": _count, "bytes": _count}, frozenset({"ns"})),
-    # For about `seconds`, bring chunks not used for `idle` seconds (as a rule: as configured), of one namespace or all, to
-    # the coded form.
+    # For about `seconds`, bring chunks not used for `idle` seconds (as a rule: as configured), of one namespace or all,
+    # to the coded form.
     "compact": Verb(
         {"ns": _key, "idle": _count, "seconds": _count},
         {"chunks": _count, "before": _count, "after": _count, "done": _flag},

@@ -41,8 +41,8 @@ class Victim(NamedTuple):
 
 
 class Forms(NamedTuple):
-    """Bytes of raw and of coded files, bytes that coded parts take less than their raw forms would (of those whose header
-    has been read), and chunks by the coarsest form that they were brought to."""
+    """Bytes of raw and of coded files, bytes that coded parts take less than their raw forms would (of those whose
+    header has been read), and chunks by the coarsest form that they were brought to."""
 
     raw: int
     coded: int
