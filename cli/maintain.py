@@ -27,12 +27,13 @@ REPORT = 60.0
 
 
 class Suspect(NamedTuple):
-    """One part to be checked; ``size`` in bytes."""
+    """One file of a part to be checked; ``size`` in bytes."""
 
     ns: bytes
     key: bytes
     part: PartId
     size: int
+    coded: bool
 
 
 @click.command(short_help="Read every part and check it; put damaged ones away.")
@@ -114,18 +115,20 @@ def parts_of(target: Target, ns: bytes) -> Iterator[Suspect]:
     """Yield every part of a namespace."""
     for found in target.store.scan(ns):
         with contextlib.suppress(FileNotFoundError):
-            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size)
+            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size, found.coded)
 
 
 def check(target: Target, suspects: list[Suspect]) -> Iterator[tuple[Suspect, ChunkCorrupt]]:
     """Read all parts; yield those that are damaged, with what is wrong."""
     from kvfs.chunk import open_part
+    from kvfs.coded import open_coded
 
     store = target.store
     for suspect in render.progress(suspects, "checking", lambda suspect: suspect.size):
         try:
-            fd = store.open_part(suspect.ns, suspect.key, suspect.part)
-            with open_part(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
+            fd = store.open_part(suspect.ns, suspect.key, suspect.part, suspect.coded)
+            opened = open_coded if suspect.coded else open_part
+            with opened(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
                 file.verify()
         except ChunkNotFound:  # removed meanwhile
             continue

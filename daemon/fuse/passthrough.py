@@ -18,6 +18,7 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
+from kvfs.coded import SEALS
 from kvfs.daemon.fuse.abi import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN
 
 CAP_SYS_ADMIN: Final = 21
@@ -35,6 +36,14 @@ def privileged() -> bool:
     return bool(int(effective, 16) >> CAP_SYS_ADMIN & 1)
 
 
+def is_sealed(fd: int) -> bool:
+    """Whether a file in memory can never be written or resized again, by anybody."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:  # not a file that can be sealed
+        return False
+
+
 class Lender:
     """Makes backing ids of one connection, for files of one store."""
 
@@ -45,14 +54,12 @@ class Lender:
 
     def open(self, fd: int) -> int:
         """A backing id for an open file, which the caller may close. Raises OSError: EACCES for a file that is not fit
-        (a regular file of the store's device and owner, with one name, open for reading only), else the kernel's."""
+        (open for reading only, regular, and of the store's device and owner with one name, or in memory and sealed),
+        else the kernel's."""
         there = os.fstat(fd)
-        fit = (
-            stat.S_ISREG(there.st_mode)
-            and (there.st_dev, there.st_uid, there.st_nlink) == (self._device, self._owner, 1)
-            and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-        )
-        if not fit:
+        is_stored = (there.st_dev, there.st_uid, there.st_nlink) == (self._device, self._owner, 1)
+        is_read = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if not (stat.S_ISREG(there.st_mode) and is_read and (is_stored or is_sealed(fd))):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         backing: int = fcntl.ioctl(self._fuse_fd, BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0)))
         return backing

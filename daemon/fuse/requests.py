@@ -253,15 +253,15 @@ class Requests:
         if isinstance(opened, bytes):
             return abi.OPEN_OUT.pack(self._view.keep(opened), Fopen.DIRECT_IO | Fopen.NOFLUSH, 0)
         try:
-            if os.fstat(opened).st_ino != node.inode:
+            if opened.inode != node.inode:
                 raise refusal(errno.ESTALE)
-            backing = self._backings.open(node, opened)
+            backing = self._backings.open(node, opened.fd)
         except BaseException:
-            os.close(opened)
+            os.close(opened.fd)
             raise
         if not backing:
-            return abi.OPEN_OUT.pack(self._view.keep(opened), Fopen.KEEP_CACHE | Fopen.NOFLUSH, 0)
-        os.close(opened)
+            return abi.OPEN_OUT.pack(self._view.keep(opened.fd), Fopen.KEEP_CACHE | Fopen.NOFLUSH, 0)
+        os.close(opened.fd)
         return abi.OPEN_OUT.pack(0, Fopen.PASSTHROUGH | Fopen.NOFLUSH, backing)
 
     def read(self, node: Node, body: memoryview, _unique: int) -> bytes:

@@ -102,6 +102,10 @@ class Session:
         for path in paths:
             self._gone.put(path)
 
+    def let_go(self, inode: int) -> None:
+        """Memory is needed: give back the backing id of a file of the store that nobody has open."""
+        self._backings.let_go(inode)
+
     def refresh(self) -> None:
         """Let the kernel forget the names whose files went while no worker was there to say so."""
         self.gone([node.path for node in self._nodes if node.inode and not self._requests.current(node)])
