@@ -223,9 +223,12 @@ class Catalog:
 
     def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
         """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
+        row = self.index.get(ns, key)
         is_gone = self.index.discard(ns, key, part, coded=coded)
-        if is_gone or not coded:
-            self.tell("removed" if is_gone else "changed", ns, key, part)
+        if is_gone:
+            self.tell("removed", ns, key, part)
+        elif not coded and row is not None and row.raw & self.store.manifest(ns).bit(part):
+            self.tell("changed", ns, key, part)
 
     # --- writing ---
 

@@ -20,7 +20,15 @@ from kvfs.chunk import layout
 from kvfs.codec import FORMS, LEVELS, Level, gate
 from kvfs.daemon.coder import RAW, Made
 from kvfs.daemon.shown import stored_files
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, IdentityError, KvfsError, StoreFull, Unsupported
+from kvfs.errors import (
+    ChunkCorrupt,
+    ChunkNotFound,
+    DaemonUnavailable,
+    IdentityError,
+    KvfsError,
+    NamespaceNotFound,
+    Unsupported,
+)
 from kvfs.identity import PartId
 
 if TYPE_CHECKING:
@@ -101,8 +109,10 @@ class Compactor:
             except DaemonUnavailable as e:
                 log.error("%s; nothing is compacted until the next worker takes over", e)
                 return
-            except StoreFull as e:
-                log.info("no room to compact: %s", e)
+            except NamespaceNotFound:  # retired meanwhile
+                pause = 0.0
+            except KvfsError as e:
+                log.info("compaction in %s waits: %s", self._catalog.store.path, e)
                 pause = LOOK
             except Exception:  # the daemon's loop: a bad disk must not end it
                 log.exception("compaction in %s failed", self._catalog.store.path)
