@@ -1,5 +1,5 @@
-"""The keeper lends the kernel only what is fit, open for reading only: regular files of the store, of one name, and sealed
-files in memory."""
+"""The keeper lends the kernel only what is fit, open for reading only: regular files of the store, of one name, and
+sealed files in memory."""
 
 from __future__ import annotations
 
