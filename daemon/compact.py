@@ -76,7 +76,7 @@ class Compactor:
         self._turn = threading.Lock()  # one chunk at a time
         self._lock = threading.Lock()  # guards the next three
         self._warm: OrderedDict[tuple[bytes, bytes], list[int]] = OrderedDict()
-        self._hot: deque[tuple[bytes, bytes]] = deque()
+        self._hot: deque[tuple[bytes, bytes]] = deque(maxlen=MAX_WARM)
         self._strained: dict[str, tuple[float, float]] = {}
         self._queue: deque[tuple[bytes, bytes]] = deque()
         self._looked = 0.0  # when these were cold
@@ -154,12 +154,14 @@ class Compactor:
                 return None
 
     def _pressed(self) -> Iterator[tuple[float, Iterable[bytes]]]:
-        """For each budget that is nearly used up: before when chunks were last used that may be compacted, and its
-        namespaces."""
+        """For each budget that is nearly used up, and for the disk: before when chunks were last used that may be
+        compacted, and of which namespaces."""
         evictor, mark = self._catalog.evictor, self._catalog.config.compact_watermark
         for account in evictor.accounts:
             if evictor.used(account) > account.limit * mark:
                 yield time.time() - RECENT, account.namespaces
+        if evictor.spare() < 0:
+            yield time.time() - RECENT, self._catalog.index.namespaces()
 
     def _cold(self, namespaces: Iterable[bytes], before: float) -> list[tuple[bytes, bytes]]:
         found = []
@@ -232,7 +234,7 @@ class Compactor:
             self._catalog.index.brought(ns, key, FORMS.index(level.form))
 
     def bring_back(self, ns: bytes, key: bytes) -> bool:
-        """Give a chunk its raw form back, beside the coded one; False if there is no room for it."""
+        """Give a chunk its raw form back, beside the coded one; False if it has that, or there is no room for it."""
         with self._turn:
             row = self._catalog.index.get(ns, key)
             if row is None:
@@ -240,7 +242,7 @@ class Compactor:
             manifest = self._catalog.store.manifest(ns)
             parts = [p for p in manifest.parts if row.coded & ~row.raw & manifest.bit(p)]
             need = sum(layout(manifest, part, row.tokens or manifest.chunk_tokens).nbytes for part in parts)
-            if not self._has_room(ns, need):
+            if not parts or not self._has_room(ns, need):
                 return False
             for part in parts:
                 try:
