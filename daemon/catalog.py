@@ -191,20 +191,12 @@ class Catalog:
 
     def damaged(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
         """Somebody found a part damaged.  Check its files; True if one is, and has been moved to quarantine."""
-        found = False
-        for coded in (False, True):
-            with contextlib.suppress(ChunkNotFound):
-                try:
-                    fd = self.store.open_part(ns, key, part, coded)
-                    try:
-                        self.verifier.check(fd, ns, key, part, coded)
-                    finally:
-                        os.close(fd)
-                except ChunkCorrupt as e:
-                    self.lost(ns, key, part, e, coded)
-                    found = True
-        if found or not self.index.masks(ns, [key])[0] & self.store.manifest(ns).bit(part):
-            return found
+        found = self.verifier.recheck(ns, key, part)
+        damage = {coded: error for coded, error in found.items() if error is not None}
+        for coded, error in damage.items():
+            self.lost(ns, key, part, error, coded)
+        if damage or not found:
+            return bool(damage)
         log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
         return False
 

@@ -162,12 +162,13 @@ class StoreClient:
 
     def _report(self, ns: bytes, key: bytes, part: PartId, reason: str | None) -> None:
         verifier = self._open().verifier
-        with contextlib.suppress(ChunkNotFound):
-            if reason is None:
+        if reason is None:
+            with contextlib.suppress(ChunkNotFound):
                 verifier.vouch(ns, key, part)
-            else:
-                for error in verifier.condemn(ns, key, part).values():
-                    self._quarantined[error.reason] = self._quarantined.get(error.reason, 0) + 1
+            return
+        for coded, error in verifier.recheck(ns, key, part).items():
+            if error is not None:
+                self._lost(ns, key, part, error, coded)
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Do nothing: recency is the daemon's to keep."""
