@@ -118,7 +118,7 @@ def worker(target: Target) -> Iterator[Work]:
     try:
         catalog.reconcile()
         yield Work(
-            lambda ns, idle, level: catalog.compactor.plan(ns, idle, level and codec.level(level)),
+            lambda ns, idle, level: catalog.compactor.plan(ns, idle, None if level is None else codec.level(level)),
             lambda ns, idle, seconds: catalog.sweep(ns, idle, seconds)._asdict(),
             lambda ns, level: catalog.force(ns, codec.level(level)),
         )

@@ -83,9 +83,10 @@ def compaction_lines(stats: dict[str, Any]) -> list[tuple[str, str]]:
     idle = "" if made["after"] is None else f", after {render.span(made['after'])} without use"
     memory = made["hydrated"]
     lines = [("compacted", f"{counts}{saved}{idle}")]
+    names = {each["ns"]: each["name"] or each["ns"][: render.SHORT] for each in stats["namespaces"]}
     lines += [
-        ("", f"{each['name'] or each['ns'][: render.SHORT]} to {each['level']}, forced by the operator")
-        for each in stats["namespaces"]
+        ("", f"{names[each['ns']]} to {each['level']}, forced by the operator")
+        for each in made["namespaces"]
         if each["forced"]
     ]
     return [*lines, ("decoded", f"{of_limit(memory['bytes'], memory['limit'])} of memory")]

@@ -194,20 +194,12 @@ class Catalog:
 
     def damaged(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
         """Somebody found a part damaged.  Check its files; True if one is, and has been moved to quarantine."""
-        found = False
-        for coded in (False, True):
-            with contextlib.suppress(ChunkNotFound):
-                try:
-                    fd = self.store.open_part(ns, key, part, coded)
-                    try:
-                        self.verifier.check(fd, ns, key, part, coded)
-                    finally:
-                        os.close(fd)
-                except ChunkCorrupt as e:
-                    self.lost(ns, key, part, e, coded)
-                    found = True
-        if found or not self.index.masks(ns, [key])[0] & self.store.manifest(ns).bit(part):
-            return found
+        found = self.verifier.recheck(ns, key, part)
+        damage = {coded: error for coded, error in found.items() if error is not None}
+        for coded, error in damage.items():
+            self.lost(ns, key, part, error, coded)
+        if damage or not found:
+            return bool(damage)
         log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
         return False
 
@@ -226,9 +218,12 @@ class Catalog:
 
     def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
         """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
+        row = self.index.get(ns, key)
         is_gone = self.index.discard(ns, key, part, coded=coded)
-        if is_gone or not coded:
-            self.tell("removed" if is_gone else "changed", ns, key, part)
+        if is_gone:
+            self.tell("removed", ns, key, part)
+        elif not coded and row is not None and row.raw & self.store.manifest(ns).bit(part):
+            self.tell("changed", ns, key, part)
 
     # --- writing ---
 

@@ -80,8 +80,8 @@ def _write(store: Store, out: int, pieces: Sequence[Buffer]) -> None:
     """Write and bring to the disk: the form that this is made of goes next."""
     try:
         at = 0
-        for view in map(memoryview, pieces):
-            done = 0
+        for piece in pieces:
+            view, done = memoryview(piece), 0
             while done < len(view):
                 done += os.pwrite(out, view[done:], at + done)
             at += done
@@ -111,12 +111,12 @@ class Coder:
         """As `make`; DaemonUnavailable if the process has died."""
         with self._lock:
             sent = self._channel.send("make", [ns.hex(), key.hex(), str(part), form], [out])
-            word, value, _ = self._channel.receive(None) if sent else ("eof", None, None)
-        if word == "error":
-            raise load_error(value)
-        if word != "made":
+            message = self._channel.receive(None) if sent else None
+        if message is not None and message[0] == "error":
+            raise load_error(message[1])
+        if message is None or message[0] != "made":
             raise DaemonUnavailable(self._store, "its process that codes parts has died")
-        return Made(*value)
+        return Made(*message[1])
 
     def close(self) -> None:
         """End the process, after the part that it is at."""
@@ -137,8 +137,11 @@ def _serve(path: Path, fd: int) -> None:
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         channel = Channel.inherited(fd)
         with Store.open(path) as store:
-            while (message := channel.receive(None))[0] == "make" and message[2] is not None:
-                _, (ns, key, part, form), out = message
+            while True:
+                word, job, out = channel.receive(None)
+                if word != "make" or out is None:
+                    break
+                ns, key, part, form = job
                 _answer(channel, store, bytes.fromhex(ns), bytes.fromhex(key), PartId.parse(part), form, out)
         code = 0
     except Exception:

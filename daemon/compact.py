@@ -20,7 +20,15 @@ from kvfs.chunk import layout
 from kvfs.codec import FORMS, LEVELS, Level, gate
 from kvfs.daemon.coder import RAW, Made
 from kvfs.daemon.shown import stored_files
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, IdentityError, KvfsError, StoreFull, Unsupported
+from kvfs.errors import (
+    ChunkCorrupt,
+    ChunkNotFound,
+    DaemonUnavailable,
+    IdentityError,
+    KvfsError,
+    NamespaceNotFound,
+    Unsupported,
+)
 from kvfs.identity import PartId
 
 if TYPE_CHECKING:
@@ -68,7 +76,7 @@ class Compactor:
         self._turn = threading.Lock()  # one chunk at a time
         self._lock = threading.Lock()  # guards the next three
         self._warm: OrderedDict[tuple[bytes, bytes], list[int]] = OrderedDict()
-        self._hot: deque[tuple[bytes, bytes]] = deque()
+        self._hot: deque[tuple[bytes, bytes]] = deque(maxlen=MAX_WARM)
         self._strained: dict[str, tuple[float, float]] = {}
         self._queue: deque[tuple[bytes, bytes]] = deque()
         self._looked = 0.0  # when these were cold
@@ -101,8 +109,10 @@ class Compactor:
             except DaemonUnavailable as e:
                 log.error("%s; nothing is compacted until the next worker takes over", e)
                 return
-            except StoreFull as e:
-                log.info("no room to compact: %s", e)
+            except NamespaceNotFound:  # retired meanwhile
+                pause = 0.0
+            except KvfsError as e:
+                log.info("compaction in %s waits: %s", self._catalog.store.path, e)
                 pause = LOOK
             except Exception:  # the daemon's loop: a bad disk must not end it
                 log.exception("compaction in %s failed", self._catalog.store.path)
@@ -144,12 +154,14 @@ class Compactor:
                 return None
 
     def _pressed(self) -> Iterator[tuple[float, Iterable[bytes]]]:
-        """For each budget that is nearly used up: before when chunks were last used that may be compacted, and its
-        namespaces."""
+        """For each budget that is nearly used up, and for the disk: before when chunks were last used that may be
+        compacted, and of which namespaces."""
         evictor, mark = self._catalog.evictor, self._catalog.config.compact_watermark
         for account in evictor.accounts:
             if evictor.used(account) > account.limit * mark:
                 yield time.time() - RECENT, account.namespaces
+        if evictor.spare() < 0:
+            yield time.time() - RECENT, self._catalog.index.namespaces()
 
     def _cold(self, namespaces: Iterable[bytes], before: float) -> list[tuple[bytes, bytes]]:
         found = []
@@ -222,7 +234,7 @@ class Compactor:
             self._catalog.index.brought(ns, key, FORMS.index(level.form))
 
     def bring_back(self, ns: bytes, key: bytes) -> bool:
-        """Give a chunk its raw form back, beside the coded one; False if there is no room for it."""
+        """Give a chunk its raw form back, beside the coded one; False if it has that, or there is no room for it."""
         with self._turn:
             row = self._catalog.index.get(ns, key)
             if row is None:
@@ -230,7 +242,7 @@ class Compactor:
             manifest = self._catalog.store.manifest(ns)
             parts = [p for p in manifest.parts if row.coded & ~row.raw & manifest.bit(p)]
             need = sum(layout(manifest, part, row.tokens or manifest.chunk_tokens).nbytes for part in parts)
-            if not self._has_room(ns, need):
+            if not parts or not self._has_room(ns, need):
                 return False
             for part in parts:
                 try:

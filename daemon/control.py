@@ -282,7 +282,9 @@ class _Connection:
 
     def _plan(self, idle: int | None = None, ns: bytes | None = None, level: str | None = None) -> Answer:
         self._administer()
-        return _document({"namespaces": self.catalog.compactor.plan(ns, idle, level and codec.level(level))})
+        return _document(
+            {"namespaces": self.catalog.compactor.plan(ns, idle, None if level is None else codec.level(level))}
+        )
 
     def _force(self, ns: bytes, level: str) -> Answer:
         self._administer()

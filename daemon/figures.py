@@ -76,6 +76,7 @@ def compaction(catalog: Catalog, counted: dict[str, Any]) -> dict[str, Any]:
         "saved": forms.saved,
         "chunks": forms.chunks,
         "after": catalog.config.compact_after,
+        "namespaces": [compacted(catalog, ns) for ns in catalog.index.namespaces()],
         "parts": by_label(counted, "kvfs_compacted_total"),
         "heated": int(counted["kvfs_heated_total"]),
         "hydrated": {"bytes": area.used, "limit": catalog.config.hydrate_limit, "decoded": area.decoded},
@@ -86,16 +87,13 @@ def namespace(catalog: Catalog, ns: bytes) -> dict[str, Any]:
     """What one namespace is called and holds."""
     info = catalog.store.info(ns)
     chunks, size = catalog.index.totals(ns)
-    return {
-        "ns": ns.hex(),
-        "name": info.get("name"),
-        "revision": info.get("revision"),
-        "chunks": chunks,
-        "bytes": size,
-        "saved": catalog.index.forms(ns).saved,
-        "level": catalog.compactor.target(ns).name,
-        "forced": gate.allowed(catalog.store.derived, ns)[1],
-    }
+    return {"ns": ns.hex(), "name": info.get("name"), "revision": info.get("revision"), "chunks": chunks, "bytes": size}
+
+
+def compacted(catalog: Catalog, ns: bytes) -> dict[str, Any]:
+    """How far a namespace is compacted, whether an operator decided that, and what it saves."""
+    level, forced = catalog.compactor.target(ns), gate.allowed(catalog.store.derived, ns)[1]
+    return {"ns": ns.hex(), "level": level.name, "forced": forced, "saved": catalog.index.forms(ns).saved}
 
 
 def by_label(counted: dict[str, Any], name: str) -> dict[str, int]:

@@ -37,7 +37,8 @@ class Service:
         self._config = config
         self._stop_metrics = self.metrics.serve(config.metrics_listen) if config.metrics_listen else None
         self._store = Store.open(config.store, config.durability)
-        self.catalog = Catalog(self._store, config, self.metrics, resumed, self._coder and self._coder.make)
+        make = None if self._coder is None else self._coder.make
+        self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
         self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)
         self._watcher = Watcher(self.catalog)
         self._scrubber = Scrubber(self.catalog, config.scrub_rate)

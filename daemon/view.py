@@ -61,7 +61,7 @@ class View:
 
     def __init__(self, catalog: Catalog, config: Config, config_text: str, socket_bound: bool = False) -> None:
         self._catalog, self._config = catalog, config
-        self._shown = Shown(catalog.verifier)
+        self._shown = Shown(catalog)
         self._config_text = config_text.encode()
         self._socket_bound = socket_bound
         self.is_remote = is_network(catalog.store.path)
@@ -104,7 +104,7 @@ class View:
         match place.what:
             case What.PART:
                 incoming = self._incoming.get(path)
-                st, size = (s := incoming.stat(), s.st_size) if incoming else self._shown.stat(place)
+                st, size = (s := incoming.stat(), s.st_size) if incoming else self._shown.stat(place, self.before_slow)
                 if not stat.S_ISREG(st.st_mode):
                     raise refusal(errno.ENOENT)
                 return attributes(st, st.st_mode, size, st.st_ino)

@@ -16,13 +16,12 @@ from kvfs import _native
 from kvfs.chunk import MAX_HEADER, PartFile, encode_header, open_part
 from kvfs.codec import MAX_INDEX, CodedPart
 from kvfs.errors import ChunkCorrupt, ChunkNotFound
+from kvfs.files import SEALS
 from kvfs.identity import Manifest, PartId
 from kvfs.store import Store
 
-__all__ = ["SEALS", "CodedFile", "open_coded", "open_stored", "read_all", "read_coded_header", "reopen"]
+__all__ = ["CodedFile", "open_coded", "open_stored", "read_all", "read_coded_header", "reopen"]
 
-SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-"""What a file in memory needs so that it can never change again."""
 NOEXEC_SEAL = 8
 """MFD_NOEXEC_SEAL, Linux 6.3: not to be executed, may be sealed."""
 _FIRST = 16384

@@ -17,8 +17,10 @@ __all__ = [
     "DIR_MODE",
     "OPEN_DIR",
     "OPEN_FILE",
+    "SEALS",
     "beneath",
     "from_os_error",
+    "is_sealed",
     "lock",
     "make_dir",
     "open_own",
@@ -34,6 +36,17 @@ MAX_SEALED = 4 << 30
 OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, so that a planted FIFO cannot block the open."""
+
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+"""What a file in memory needs so that nobody can ever write or resize it again."""
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether an open file lies in memory and has all `SEALS`."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:  # not a file that can be sealed
+        return False
 
 
 def from_os_error(e: OSError, what: Path) -> KvfsError:

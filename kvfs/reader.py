@@ -61,7 +61,8 @@ class Reader:
             if coded:
                 return Opened(os.dup(file.fd), self.verifier.is_verified(st), st.st_size, st.st_ino, file.header.form)
             before_slow()
-            return Opened(self.area.open(file), True, file.raw_size(), st.st_ino)
+            fd = self.area.open(file)
+            return Opened(fd, True, os.fstat(fd).st_size, st.st_ino)
 
     def verify(self, opened: Opened, ns: bytes, key: bytes, part: PartId) -> None:
         """Read an open raw part in full; if that is damaged it is put away and its descriptor closed: ChunkCorrupt."""

@@ -107,26 +107,23 @@ class Verifier:
         with open_stored(self.store, ns, key, part) as file:
             self.mark(os.fstat(file.fd))
 
-    def condemn(self, ns: bytes, key: bytes, part: PartId) -> dict[bool, ChunkCorrupt]:
-        """Check both forms of a part that somebody found damaged; what is damaged goes to quarantine.  Returns what is
-        wrong, by form (True: coded).  ChunkNotFound if both are gone.
-        """
-        damage, absent = dict[bool, ChunkCorrupt](), 0
+    def recheck(self, ns: bytes, key: bytes, part: PartId) -> dict[bool, ChunkCorrupt | None]:
+        """Read all files of a part that somebody found damaged.  By form (True: coded), what is wrong; nothing for one
+        that is not there."""
+        found: dict[bool, ChunkCorrupt | None] = {}
         for coded in (False, True):
             try:
                 fd = self.store.open_part(ns, key, part, coded)
                 try:
                     self.check(fd, ns, key, part, coded)
+                    found[coded] = None
                 finally:
                     os.close(fd)
             except ChunkNotFound:
-                absent += 1
+                pass
             except ChunkCorrupt as e:
-                self.quarantine(ns, key, part, e, coded)
-                damage[coded] = e
-        if absent == 2:
-            raise ChunkNotFound(f"{key.hex()}.{part}")
-        return damage
+                found[coded] = e
+        return found
 
     def quarantine(self, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt, coded: bool = False) -> None:
         """Move a damaged form of a part to ``lost+found``.  On a store that cannot be written it stays, unused."""

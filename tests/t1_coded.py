@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import threading
 from pathlib import Path
@@ -13,8 +12,9 @@ import safetensors
 
 from kvfs import chunk, codec
 from kvfs.client import StoreClient
-from kvfs.coded import SEALS, open_stored
+from kvfs.coded import open_stored
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, StoreBusy
+from kvfs.files import is_sealed
 from kvfs.hydrate import Area
 from kvfs.index import Index
 from kvfs.names import parse_file_name, parse_part_name, part_name, part_path
@@ -106,7 +106,7 @@ def test_what_a_part_decodes_to(tmp_path: Path) -> None:
         original = path_of(store, KEY, PARTS[0], False).read_bytes()
         assert Path(f"/proc/self/fd/{fd}").read_bytes() == original
         assert size == len(original)
-        assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+        assert is_sealed(fd)
         with open(f"/proc/self/fd/{fd}", "r+b", buffering=0) as writable, pytest.raises(PermissionError):
             writable.write(b"x")
         os.close(fd)
@@ -185,10 +185,12 @@ def test_damage_of_one_form_leaves_the_other(tmp_path: Path) -> None:
         put_coded(store, EXACT, KEY, "lossless", keep_raw=True)
         damage(path_of(store, KEY, PARTS[0], coded=False))
         verifier = Verifier(store)
-        assert {coded: e.reason for coded, e in verifier.condemn(NS, KEY, PARTS[0]).items()} == {False: "checksum"}
+        found = verifier.recheck(NS, KEY, PARTS[0])
+        assert {coded: e and e.reason for coded, e in found.items()} == {False: "checksum", True: None}
+        store.quarantine(NS, KEY, PARTS[0], "checksum")
         with open_stored(store, NS, KEY, PARTS[0]) as file:
             assert file.header.form == "cachegen-lossless"
-        assert verifier.condemn(NS, KEY, PARTS[0]) == {}
+        assert verifier.recheck(NS, KEY, PARTS[0]) == {True: None}
 
 
 def test_a_lossy_file_in_an_exact_namespace_is_refused(tmp_path: Path) -> None:

@@ -138,11 +138,11 @@ def test_a_lossy_namespace_goes_as_far_as_was_measured(tmp_path: Path) -> None:
         assert on_disk(store) < lossless / 2
         assert read(catalog, LOSSY, key) != exact(key)
         catalog.index.check_integrity()
-        [namespace] = catalog.stats()["namespaces"]
+        [namespace] = catalog.stats()["compaction"]["namespaces"]
         assert (namespace["level"], namespace["forced"]) == ("medium", False)
 
         catalog.force(LOSSY.ns, codec.level("low"))
-        [namespace] = catalog.stats()["namespaces"]
+        [namespace] = catalog.stats()["compaction"]["namespaces"]
         assert (namespace["level"], namespace["forced"]) == ("low", True)
 
 

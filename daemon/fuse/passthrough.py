@@ -18,8 +18,8 @@ from pathlib import Path
 from struct import Struct
 from typing import Final
 
-from kvfs.coded import SEALS
 from kvfs.daemon.fuse.abi import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN
+from kvfs.files import is_sealed
 
 CAP_SYS_ADMIN: Final = 21
 REQUEST: Final = Struct("=i")  # 0 with a descriptor: make an id; else the id to close
@@ -34,14 +34,6 @@ def privileged() -> bool:
     status = Path("/proc/self/status").read_text()
     effective = next(line.split()[1] for line in status.splitlines() if line.startswith("CapEff:"))
     return bool(int(effective, 16) >> CAP_SYS_ADMIN & 1)
-
-
-def is_sealed(fd: int) -> bool:
-    """Whether a file in memory can never be written or resized again, by anybody."""
-    try:
-        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
-    except OSError:  # not a file that can be sealed
-        return False
 
 
 class Lender:

@@ -16,6 +16,7 @@ from kvfs.daemon.fuse import abi
 from kvfs.daemon.fuse.abi import Fopen, Op
 from kvfs.daemon.incoming import refusal
 from kvfs.daemon.view import FOREVER, WRITING
+from kvfs.errors import ChunkCorrupt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -230,7 +231,7 @@ class Requests:
             else:
                 try:
                     entry = self._entry(child(node, name))
-                except FileNotFoundError:
+                except (FileNotFoundError, ChunkCorrupt):
                     continue
                 (node_id,) = abi.FORGET_IN.unpack_from(entry)
             out += entry + self._dirent(node_id, i, name, mode)

@@ -128,9 +128,10 @@ class Session:
                 self._handle(task, *request)
 
     def hand_over(self) -> None:
-        """Let another thread read requests while this one is at something that may take long."""
-        task: Task = self._mine.task
-        if task.reads:
+        """Let another thread read requests while this one, if it is the one that does, is at something that may take
+        long."""
+        task: Task | None = getattr(self._mine, "task", None)
+        if task is not None and task.reads:
             task.reads = False
             self._reading.release()
 

@@ -161,17 +161,17 @@ class StoreClient:
         return self._reads.call("report", timeout, lambda: self._report(ns, key, part, reason))
 
     def _report(self, ns: bytes, key: bytes, part: PartId, reason: str | None) -> bool:
-        verifier, damage = self._open().verifier, dict[bool, ChunkCorrupt]()
-        with contextlib.suppress(ChunkNotFound):
-            if reason is None:
-                verifier.vouch(ns, key, part)
-            else:
-                damage = verifier.condemn(ns, key, part)
-        for error in damage.values():
-            self._quarantined[error.reason] = self._quarantined.get(error.reason, 0) + 1
+        verifier = self._open().verifier
         store = verifier.store
-        if damage:
-            return not any(os.path.lexists(store.path / ns.hex() / part_path(key, part, coded)) for coded in damage)
+        if reason is None:
+            with contextlib.suppress(ChunkNotFound):
+                verifier.vouch(ns, key, part)
+        else:
+            damage = {coded: error for coded, error in verifier.recheck(ns, key, part).items() if error is not None}
+            for coded, error in damage.items():
+                self._lost(ns, key, part, error, coded)
+            if damage:
+                return not any(os.path.lexists(store.path / ns.hex() / part_path(key, part, coded)) for coded in damage)
         return not store.masks(ns, [key])[0] & store.manifest(ns).bit(part)
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
