@@ -32,11 +32,11 @@ class Service:
     def __init__(self, config: Config, resumed: bool) -> None:
         if config.store is None:
             raise ConfigError("no store is named")
-        self._coder = None if config.read_only else Coder(config.store)  # first: it forks, and there is no thread yet
+        self._store = Store.open(config.store, config.durability)
+        self._coder = None if config.read_only else Coder(config.store)  # it forks: there is no thread yet
         self.metrics = Metrics()
         self._config = config
         self._stop_metrics = self.metrics.serve(config.metrics_listen) if config.metrics_listen else None
-        self._store = Store.open(config.store, config.durability)
         make = None if self._coder is None else self._coder.make
         self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
         self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)

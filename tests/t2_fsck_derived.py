@@ -86,7 +86,7 @@ def test_a_snapshot_follows_repairs(store: Store) -> None:
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty"])
 def test_a_damaged_verified_state_is_removed(store: Store, harm: str) -> None:
     verifier, path = Verifier(store), store.path / ".kvfs" / f"verified.{socket.gethostname()}"
-    assert verifier.condemn(NS, KEY, FULL0) is None
+    assert verifier.recheck(NS, KEY, FULL0) == {False: None}
     verifier.save(path)
     assert fsck(store.path) == []
     raw = path.read_bytes()

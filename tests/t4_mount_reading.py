@@ -108,7 +108,7 @@ def test_the_files_about_the_daemon(mount: Path, store: Path, transport: str) ->
 def test_extended_attributes(mount: Path) -> None:
     path = place(mount, KEYS[0], PARTS[0])
     assert sorted(os.listxattr(path)) == [
-        f"user.kvfs.{n}" for n in ("form", "hits", "last_hit", "leases", "pinned", "tokens")
+        f"user.kvfs.{n}" for n in ("form", "hits", "last_hit", "leases", "pinned", "stored", "tokens")
     ]
     before = int(os.getxattr(path, "user.kvfs.hits"))
     path.read_bytes()

@@ -209,7 +209,7 @@ def test_killed_altogether_it_starts_again(store: Path, mountpoint: Path) -> Non
         for pid in processes(store).values():
             os.kill(pid, signal.SIGKILL)
         until(lambda: not processes(store))
-        assert "not connected" in run("ls", mountpoint).stderr
+        until(lambda: "not connected" in run("ls", mountpoint).stderr)  # at first perhaps: aborted
         assert connection.mounted_at(mountpoint) is not None  # stale
         with mounted(store, mountpoint):
             assert place(mountpoint, KEYS[0], PARTS[0]).read_bytes()
