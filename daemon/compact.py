@@ -12,13 +12,14 @@ import logging
 import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvfs.chunk import layout
 from kvfs.codec import FORMS, LEVELS, Level, gate
 from kvfs.daemon.coder import RAW, Made
+from kvfs.daemon.heat import Heat
 from kvfs.daemon.shown import stored_files
 from kvfs.errors import (
     ChunkCorrupt,
@@ -53,8 +54,6 @@ GRACE: Final = 5.0
 """Seconds for which eviction waits while compaction makes room."""
 WORTH: Final = 0.95
 """Of the raw form, the size beyond which the coded one is not worth keeping."""
-MAX_WARM: Final = 4096
-"""Chunks whose uses are counted."""
 SAMPLE: Final = 4
 """Chunks that are coded for an estimate."""
 
@@ -74,9 +73,7 @@ class Compactor:
     def __init__(self, catalog: Catalog, make: Make) -> None:
         self._catalog, self._make_form = catalog, make
         self._turn = threading.Lock()  # one chunk at a time
-        self._lock = threading.Lock()  # guards the next three
-        self._warm: OrderedDict[tuple[bytes, bytes], list[int]] = OrderedDict()
-        self._hot: deque[tuple[bytes, bytes]] = deque(maxlen=MAX_WARM)
+        self._heat = Heat(catalog.config.heat_hits, RECENT)
         self._strained: dict[str, tuple[float, float]] = {}
         self._queue: deque[tuple[bytes, bytes]] = deque()
         self._looked = 0.0  # when these were cold
@@ -120,10 +117,8 @@ class Compactor:
 
     def _step(self) -> float:
         """Do one chunk; returns seconds to rest."""
-        with self._lock:
-            hot = self._hot.popleft() if self._hot else None
         self.is_idle = False
-        if hot is not None:
+        if (hot := self._heat.take()) is not None:
             self.bring_back(*hot)
         elif (cold := self._next()) is not None:
             self.compact(*cold)
@@ -194,10 +189,9 @@ class Compactor:
         if not self._thread.is_alive() or self._catalog.config.compact_after is None or used > account.limit:
             return False
         now = time.monotonic()
-        with self._lock:
-            since, last = self._strained.get(account.name, (now, now))
-            since = now if now - last > 2 * GRACE else since
-            self._strained[account.name] = since, now
+        since, last = self._strained.get(account.name, (now, now))
+        since = now if now - last > 2 * GRACE else since
+        self._strained[account.name] = since, now
         if now - since > GRACE or not self._cold(account.namespaces, time.time() - RECENT):
             return False
         self._wake.set()
@@ -205,18 +199,8 @@ class Compactor:
 
     def used(self, ns: bytes, key: bytes) -> None:
         """Somebody reads a chunk that has no raw form; when that has happened often enough it gets it back."""
-        now = int(time.time())
-        with self._lock:
-            times = [at for at in self._warm.pop((ns, key), []) if now - at < RECENT]
-            if not times or times[-1] != now:  # a chunk has several parts
-                times.append(now)
-            if len(times) >= self._catalog.config.heat_hits:
-                self._hot.append((ns, key))
-                self._wake.set()
-                return
-            self._warm[ns, key] = times
-            if len(self._warm) > MAX_WARM:
-                self._warm.popitem(last=False)
+        if self._heat.used(ns, key):
+            self._wake.set()
 
     # --- a chunk ---
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import TYPE_CHECKING
 
 from kvfs import chunk, codec
 from kvfs.coded import CodedFile, open_coded
+from kvfs.config import Amount
 from kvfs.identity import GroupKind, Manifest, PartId
 from kvfs.store import Store
 from tests.codec_parts import raw_part
@@ -14,6 +16,10 @@ from tests.codec_parts import raw_part
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from kvfs.daemon.catalog import Catalog
+
+LONG_AGO = 7200.0
+NO_FLOOR = {"min_free": Amount(0, 0.0)}
 KIND = GroupKind("full", (0, 1), 2, 64, 64)
 PARTS = (PartId("full", 0), PartId("full", 1))
 
@@ -70,3 +76,36 @@ def new_store(path: Path, *manifests: Manifest) -> Store:
     for manifest in manifests:
         store.register(manifest, {"name": f"sample-{manifest.fidelity}"})
     return store
+
+
+def forms_of(store: Store, manifest: Manifest, key: bytes) -> list[str]:
+    """The forms of all files of a chunk."""
+    found = []
+    for each in store.scan(manifest.ns):
+        if each.key == key:
+            opened = open_coded if each.coded else chunk.open_part
+            with opened(store.open_part(manifest.ns, key, each.part, each.coded), manifest, key, each.part) as file:
+                found.append(file.header.form)
+    return sorted(found)
+
+
+def read(catalog: Catalog, manifest: Manifest, key: bytes) -> list[bytes]:
+    """The parts of a chunk as readers get them, checked."""
+    found = []
+    for part in PARTS:
+        with chunk.open_part(catalog.open_part(manifest.ns, key, part), manifest, key, part) as file:
+            found.append(bytes(file.verify()))
+    return found
+
+
+def exact(key: bytes) -> list[bytes]:
+    return [data_of(key, part) for part in PARTS]
+
+
+def on_disk(store: Store) -> int:
+    return sum(found.entry.stat().st_size for ns in store.namespaces() for found in store.scan(ns))
+
+
+def grow_old(catalog: Catalog, ns: bytes = EXACT.ns, ago: float = LONG_AGO) -> None:
+    """Chunks that the index knows were last used so long ago."""
+    catalog.index.touch(ns, catalog.index.keys(ns), time.time() - ago)
