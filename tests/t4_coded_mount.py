@@ -98,6 +98,22 @@ def test_readers_go_on_while_forms_change(tmp_path: Path, mountpoint: Path) -> N
             assert {leased.form for leased in lease.parts} == {"cachegen-lossless"}
 
 
+def test_a_worker_without_rights_compacts_and_lends(tmp_path: Path, mountpoint: Path) -> None:
+    """Its decoded parts are lent by the keeper, which reads nothing of them."""
+    with new_store(tmp_path / "s", EXACT) as store:
+        put_raw(store, EXACT, key := new_key())
+    for folder in (tmp_path.parent, tmp_path, tmp_path.parent.parent):
+        folder.chmod(0o755)
+    output("chown", "-R", "65534:65534", tmp_path / "s")
+    with mounted(tmp_path / "s", mountpoint, worker_user="65534") as mount, MountClient(mount) as client:
+        until(lambda: client.compact(NS, 0, 10)["chunks"] == 1)
+        for part in PARTS:
+            assert place(mount, key, part, EXACT).read_bytes()[4096:] == data_of(key, part)
+        counts = client.stats()["metrics"]["kvfs_fuse_requests_total"]
+        assert counts["op=open,result=ok"] == 2
+        assert counts.get("op=read,result=ok", 0) == 0, "the kernel reads them by itself"
+
+
 def test_damage_is_an_error_once_and_then_a_miss(tmp_path: Path, mountpoint: Path) -> None:
     with new_store(tmp_path / "s", EXACT) as store:
         put_coded(store, EXACT, key := new_key(), "lossless")
