@@ -49,6 +49,40 @@ def generate(llm: Any, op: dict[str, Any]) -> Result:
     }
 
 
+def distributions(llm: Any, op: dict[str, Any]) -> Result:
+    """Score each of ``prompts`` from its token ``after`` on, over what is cached of it: the ``top`` most likely tokens
+    of each position, as arrays ``ids<i>`` and ``logprobs<i>`` ``[positions, top + 1]`` (the token itself comes first)
+    in the file ``out``."""
+    import numpy as np
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        prompt_logprobs=op["top"],
+        flat_logprobs=True,
+        detokenize=False,
+        skip_reading_prefix_cache=False,
+        extra_args={"kv_transfer_params": {"kvfs.skip_write": True}},
+    )
+    arrays, cached, width = {}, [], op["top"] + 1
+    for i, ids in enumerate(op["prompts"]):
+        [told] = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        found, cached = told.prompt_logprobs, [*cached, told.num_cached_tokens]
+        begins = [found.start_indices[p] for p in range(op["after"] + 1, len(ids))]
+        arrays[f"ids{i}"] = np.array([found.token_ids[b : b + width] for b in begins], np.int32)
+        arrays[f"logprobs{i}"] = np.array([found.logprobs[b : b + width] for b in begins], np.float64)
+    np.savez(op["out"], **arrays)
+    return {"cached": cached}
+
+
+def compact(llm: Any, op: dict[str, Any]) -> Result:
+    """Compact the whole store ``folder``, lossy namespaces at ``level``."""
+    from tests.compacting import compact
+
+    return {"parts": compact(Path(op["folder"]), op["level"])}
+
+
 def reset(llm: Any, op: dict[str, Any]) -> Result:
     """Empty the engine's own prefix cache; with ``connector`` the connector's too."""
     return {"ok": llm.reset_prefix_cache(reset_connector=op.get("connector", False))}
@@ -92,7 +126,16 @@ def signal_daemon(llm: Any, op: dict[str, Any]) -> Result:
     return {"children": children}
 
 
-DO = {"generate": generate, "reset": reset, "sleep": sleep, "settle": settle, "abort": abort, "signal": signal_daemon}
+DO = {
+    "generate": generate,
+    "distributions": distributions,
+    "compact": compact,
+    "reset": reset,
+    "sleep": sleep,
+    "settle": settle,
+    "abort": abort,
+    "signal": signal_daemon,
+}
 
 
 def main() -> None:

@@ -80,7 +80,7 @@ def test_whatever_it_is_given_a_hook_method_answers(
 
 def test_a_load_with_no_worker_to_do_it_is_reported_once_as_failed(tmp_path: Path) -> None:
     connector = KvfsConnector(config(tmp_path / "s"), KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=[]))
-    load = Load("r1", b"", 64, {}, (), (), 0, 0.0)
+    load = Load("r1", 64, {}, (), (), 0, 0.0)
     connector.bind_connector_metadata(StepJobs(loads=[load]))
     results = connector.get_transfer_results(set())
     assert results.finished_recving == results.failed_recving == {"r1"}

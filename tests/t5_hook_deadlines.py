@@ -176,7 +176,7 @@ def test_a_promise_that_cannot_be_kept_fails_as_a_load_does(engine: Callable[...
         toy.half.allocated(request, ([1], [2], [3]), 64)
     toy.half.doom(request, 64)
     [job] = toy.half.take_step().loads
-    toy.ranks[0].loader.submit(job, None)
+    toy.ranks[0].loader.submit(job, {})
     assert toy.ranks[0].loader.take() == ({request.request_id}, {request.request_id})
     assert toy.ranks[0].loader.take() == (set(), set())
 
