@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from kvfs import codec
@@ -13,18 +14,20 @@ if TYPE_CHECKING:
 
 
 def compact(folder: Path, level: str = "lossless") -> int:
-    """Put every part into its coded form, those of exact namespaces without loss; returns how many there were."""
+    """Put every raw part into its coded form, those of exact namespaces without loss; returns how many there were."""
     store, done = Store.open(folder), 0
     for ns in store.namespaces():
         manifest = store.manifest(ns)
         chosen = codec.level(level if manifest.fidelity == "lossy" else "lossless")
-        for found in list(store.scan(ns)):
-            with open_part(store.open_part(ns, found.key, found.part), manifest, found.key, found.part) as file:
-                rope = codec.rope_of(manifest.config, manifest.kind(found.part.kind))
+        for key, part in [(found.key, found.part) for found in store.scan(ns) if not found.coded]:
+            with open_part(store.open_part(ns, key, part), manifest, key, part) as file:
+                rope = codec.rope_of(manifest.config, manifest.kind(part.kind))
                 coded = codec.encode_part(file.header, file.verify(), chosen, rope)
-            raw = folder / ns.hex() / found.key.hex()[:3] / found.entry.name
-            raw.with_name(raw.name.replace(".safetensors", ".cachegen.safetensors")).write_bytes(coded)
-            raw.unlink()
+            temp = store.reserve(ns)
+            os.write(temp.fd, coded)
+            os.close(temp.fd)
+            store.publish(ns, temp.name, key, part, coded=True)
+            store.remove(ns, key, [part], [False])
             done += 1
     store.close()
     return done

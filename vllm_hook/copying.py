@@ -13,10 +13,11 @@ import torch
 
 from kvfs import _native
 from kvfs.chunk import PartFile, PartMeta, layout
+from kvfs.coded import CodedFile
 from kvfs.device import Rows, gather_rows, pinned, rows_of, scatter_rows
 from kvfs.errors import ChunkCorrupt
 from kvfs.identity import Manifest, PartId
-from kvfs.vllm_hook.decoding import CodedFile
+from kvfs.vllm_hook.decoding import decoded_layers, room
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.staging import Bytes, Staging, pageable
 
@@ -66,13 +67,13 @@ class HostCopy:
     ) -> int:
         """As `load`, from the coded form; each layer is in its blocks before the next ones are read.
 
-        ChunkCorrupt as `CodedFile.layers`; DeadlineExceeded if no memory gets free.
+        ChunkCorrupt as `decoded_layers`; DeadlineExceeded if no memory gets free.
         """
-        meta, moved = file.meta, 0
+        h, meta, moved = file.header, file.header.meta, 0
         ops = self._kv.ops(manifest, meta.part, meta.tokens)
-        tensors = len(ops) // len(file.coded.index.layers)
-        with self._staging.lend(file.coded.layout.nbytes) as data, self._staging.lend(file.room) as streams:
-            for a, b in file.layers(streams, data):
+        tensors = len(ops) // len(h.index.layers)
+        with self._staging.lend(h.layout.nbytes) as data, self._staging.lend(room(file)) as streams:
+            for a, b in decoded_layers(file, streams, data):
                 rows = ops[tensors * a : tensors * b]
                 moved += _native.scatter(data, rows, table, first, last, meta.position, token)
         return moved
@@ -120,11 +121,12 @@ class DeviceCopy:
         self, file: CodedFile, manifest: Manifest, table: Table, first: int, last: int, token: _native.CancelToken
     ) -> int:
         """As `HostCopy.decode`, but that all layers are decoded, by the CPU, before the first goes to the GPU."""
-        with self._ring.lend(file.coded.layout.nbytes) as data, self._staging.lend(file.room) as streams:
-            for _ in file.layers(streams, data):
+        h = file.header
+        with self._ring.lend(h.layout.nbytes) as data, self._staging.lend(room(file)) as streams:
+            for _ in decoded_layers(file, streams, data):
                 if token.cancelled:
                     raise InterruptedError
-            return self._push(manifest, file.meta, table, first, last, data, token)
+            return self._push(manifest, h.meta, table, first, last, data, token)
 
     def _push(
         self,

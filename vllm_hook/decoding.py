@@ -1,98 +1,49 @@
-"""Coded parts on their way into an engine's blocks: read and decoded layer after layer, and which of them are.
+"""Compacted parts on their way into an engine's blocks: decoded here, layer after layer, or hydrated by the store.
 
 The first layers are in the blocks before the last ones have been read.
 """
 
 import os
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
-from kvfs.chunk import MAX_HEADER, PartMeta
-from kvfs.codec import MAX_INDEX, CodedPart
+from kvfs.coded import CodedFile
 from kvfs.errors import ChunkCorrupt
-from kvfs.identity import Manifest, PartId
 from kvfs.vllm_hook.staging import Bytes
 
-__all__ = ["CodedFile", "Ways", "open_coded"]
+__all__ = ["Ways", "decoded_layers", "room"]
 
-HEAD = 1 << 16
-"""Bytes that hold header and index of nearly every coded part."""
 OVERHEAD = 1 << 20
 """A coded part may be so much larger than its raw form: what cannot be compressed."""
 STEP = 1 << 18
 """Memory for coded parts is taken in multiples of it, so that it can be used again for one of another size."""
 
 
-class CodedFile:
-    """An open coded part whose header and index have been checked."""
-
-    def __init__(self, fd: int, coded: CodedPart) -> None:
-        self.fd, self.coded = fd, coded
-
-    @property
-    def meta(self) -> PartMeta:
-        return self.coded.meta
-
-    @property
-    def name(self) -> str:
-        return self.coded.name
-
-    @property
-    def room(self) -> int:
-        """Bytes of memory that reading it takes."""
-        return -(-self.coded.file_size // STEP) * STEP
-
-    def layers(self, buffer: Bytes, out: Bytes) -> Iterator[tuple[int, int]]:
-        """Read into ``buffer`` (`room` bytes) and decode into ``out``, the data region of the raw form; gives the
-        ranges of layers as they get ready, in order.
-
-        Streams are verified before they are decoded. ChunkCorrupt ``truncated``, ``checksum`` or ``stream``; OSError of
-        the read.
-        """
-        coded, index, turns = self.coded, self.coded.index, self.coded.turns()
-        view = memoryview(buffer.data)[: coded.file_size]
-        for first, last in index.batches():
-            at, end = (coded.data_start + int(index.bounds[i]) for i in (first, last))
-            while at < end:
-                got = os.preadv(self.fd, [view[at:end]], at)
-                if got == 0:
-                    raise ChunkCorrupt(self.name, "truncated", "the file ends inside its streams")
-                at += got
-            coded.decode_layers(view, out, first, last, turns)
-            yield first, last
-
-    def close(self) -> None:
-        os.close(self.fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, t: type[BaseException] | None, e: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+def room(file: CodedFile) -> int:
+    """Bytes of memory that reading a coded part takes. ChunkCorrupt ``size`` if it is larger than any can be."""
+    h = file.header
+    if h.file_size > h.layout.nbytes + OVERHEAD:
+        raise ChunkCorrupt(h.name, "size", f"{h.file_size} bytes for {h.layout.nbytes} of KV")
+    return -(-h.file_size // STEP) * STEP
 
 
-def open_coded(fd: int, manifest: Manifest, key: bytes, part: PartId) -> CodedFile:
-    """Take over ``fd`` as the coded form of the part ``part`` of chunk ``key``; closes it if that is not what it holds.
+def decoded_layers(file: CodedFile, buffer: Bytes, out: Bytes) -> Iterator[tuple[int, int]]:
+    """Read a part into ``buffer`` (`room` bytes) and decode it into ``out``, the data region of the raw form; gives the
+    ranges of layers as they get ready, in order.
 
-    Raises as `CodedPart.parse` and `CodedPart.expect`; OSError of the read.
+    Streams are verified before they are decoded. ChunkCorrupt ``truncated``, ``checksum`` or ``stream``; OSError of the
+    read.
     """
-    name = f"{key.hex()}.{part}"
-    try:
-        size = os.fstat(fd).st_size
-        try:
-            coded = CodedPart.parse(os.pread(fd, HEAD, 0), size, name)
-        except ChunkCorrupt as e:
-            if e.reason != "truncated":
-                raise
-            coded = CodedPart.parse(os.pread(fd, MAX_HEADER + MAX_INDEX, 0), size, name)
-        coded.expect(manifest, key, part)
-        if size > coded.layout.nbytes + OVERHEAD:
-            raise ChunkCorrupt(name, "size", f"{size} bytes for {coded.layout.nbytes} of KV")
-    except BaseException:
-        os.close(fd)
-        raise
-    return CodedFile(fd, coded)
+    h, index, turns = file.header, file.header.index, file.header.turns()
+    view = memoryview(buffer.data)[: h.file_size]
+    for first, last in index.batches():
+        at, end = (h.data_start + int(index.bounds[i]) for i in (first, last))
+        while at < end:
+            got = os.preadv(file.fd, [view[at:end]], at)
+            if got == 0:
+                raise ChunkCorrupt(h.name, "truncated", "the file ends inside its streams")
+            at += got
+        h.decode_layers(view, out, first, last, turns)
+        yield first, last
 
 
 class Ways:

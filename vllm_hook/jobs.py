@@ -25,9 +25,10 @@ class LoadPart:
     tokens: int
     kinds: tuple[str, ...]
 
-    def check(self, meta: PartMeta, name: str) -> None:
+    def check(self, meta: PartMeta) -> None:
         """Make sure that a part file holds these tokens; ChunkCorrupt ``wrong-shape`` if not."""
         if (meta.position, meta.tokens) != (self.position, self.tokens):
+            name = f"{meta.key.hex()}.{meta.part}"
             raise ChunkCorrupt(name, "wrong-shape", f"tokens {meta.position}+{meta.tokens}")
 
 

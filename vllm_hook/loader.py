@@ -21,10 +21,12 @@ import numpy.typing as npt
 from kvfs import _native
 from kvfs.chunk import layout, open_part
 from kvfs.client.claims import LeasedPart
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError
+from kvfs.codec import FORMS
+from kvfs.coded import open_coded
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, StoreBusy
 from kvfs.identity import Manifest, PartId
 from kvfs.vllm_hook.copying import Copy, single_threaded
-from kvfs.vllm_hook.decoding import Ways, open_coded
+from kvfs.vllm_hook.decoding import Ways
 from kvfs.vllm_hook.jobs import Load, LoadPart
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.stats import Counts
@@ -36,8 +38,7 @@ log = logging.getLogger(__name__)
 MAX_STUCK = 8
 """Threads left in reads that hang; beyond it loads fail at once until one comes back."""
 REPORT_TIMEOUT = 1.0
-RAW = "raw"
-"""The form of parts that need no decoding."""
+RAW = FORMS[0]
 
 CANCELLED = "cancelled"
 """Of an attempt whose load was ended meanwhile: whoever did that has reported why."""
@@ -229,11 +230,14 @@ class Loader:
             self._fill(active, part, leased, later)
             return
         decodes, began = self._ways.decodes(), time.monotonic()
+        if not decodes:
+            try:
+                with self._client.lease(part.ns, [(part.key, leased.part)], timeout=self._stall) as hydrated:
+                    self._fill(active, part, hydrated.parts[0], later)
+            except StoreBusy:  # there is no memory to hydrate it
+                decodes = True
         if decodes:
             self._fill(active, part, leased, later)
-        else:
-            with self._client.lease(part.ns, [(part.key, leased.part)], timeout=self._stall) as hydrated:
-                self._fill(active, part, hydrated.parts[0], later)
         nbytes, seconds = layout(active.manifests[part.ns], leased.part, part.tokens).nbytes, time.monotonic() - began
         self._ways.took(decodes, nbytes, seconds)
         way = "decoded" if decodes else "hydrated"
@@ -255,12 +259,12 @@ class Loader:
         last = min(load.n - part.position, part.tokens)
         if leased.form == RAW:
             with open_part(fd, manifest, part.key, leased.part) as file:
-                part.check(file.header.meta, file.name)
+                part.check(file.header.meta)
                 sums = None if leased.verified else file.header.sums
                 self._copy.load(file, manifest, active.table, first, last, sums, active.token)
         else:
             with open_coded(fd, manifest, part.key, leased.part) as coded:
-                part.check(coded.meta, coded.name)
+                part.check(coded.header.meta)
                 self._copy.decode(coded, manifest, active.table, first, last, active.token)
 
     def _report(self, ns: bytes, key: bytes, where: PartId, reason: str | None) -> None:
