@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 OUT = Path(__file__).parent / "out" / "compacted.json"
 RATE = 200_000_000
 """Bytes a second of the slow medium."""
+LEVELS = ["lossless", "medium"]
 QUIET = {"kvfs.skip_write": True}
 HOT, SLOW = 1.3, 2.0
 """Hot, a prompt from a store compacted to medium may take so many times as long as from the raw one; from the slow
@@ -174,7 +175,7 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[2000, 4000, 8000], metavar="TOKENS")
     parser.add_argument("--texts", type=int, default=2, help="distinct prompts of each length")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--levels", nargs="+", default=["lossless", "medium"])
+    parser.add_argument("--levels", nargs="+", default=LEVELS)
     options = parser.parse_args()
     report, samples = asyncio.run(
         compare(options.models, options.lengths, options.texts, options.rounds, options.levels, print)
