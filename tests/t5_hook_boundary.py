@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from kvfs.errors import ConfigError
 from kvfs.vllm_hook.connector import KvfsConnector
 from kvfs.vllm_hook.jobs import Load, StepJobs
 from kvfs.vllm_hook.plugin import register
+from kvfs.vllm_hook.threads import step_aside
 from kvfs.vllm_hook.worker import Greeting
 
 if TYPE_CHECKING:
@@ -111,3 +114,25 @@ def test_the_plugin_gives_the_short_name() -> None:
     register()
     register()
     assert KVConnectorFactory.get_connector_class_by_name("KvfsConnector") is KvfsConnector
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_transfer_threads_are_not_bound_to_the_core_that_computes() -> None:
+    """vLLM binds the thread that starts them to one core."""
+    before, found = os.sched_getaffinity(0), []
+
+    def transfer() -> None:
+        found.append(os.sched_getaffinity(0))
+        step_aside()
+        found.append(os.sched_getaffinity(0))
+
+    def engine() -> None:
+        os.sched_setaffinity(0, {min(before)})
+        each = threading.Thread(target=transfer)
+        each.start()
+        each.join()
+
+    outer = threading.Thread(target=engine)
+    outer.start()
+    outer.join()
+    assert found == [{min(before)}, before]

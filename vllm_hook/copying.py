@@ -21,7 +21,7 @@ from kvfs.vllm_hook.decoding import decoded_layers, room
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.staging import Bytes, Staging, pageable
 
-__all__ = ["Copy", "DeviceCopy", "HostCopy", "single_threaded"]
+__all__ = ["Copy", "DeviceCopy", "HostCopy"]
 
 Table = npt.NDArray[np.int64]
 
@@ -212,9 +212,3 @@ def read_into(file: PartFile, buffer: Bytes) -> None:
         if got == 0:
             raise ChunkCorrupt(file.name, "truncated", "the file ends inside its data")
         at += got
-
-
-def single_threaded() -> None:
-    """Keep torch's operators on the calling thread. vLLM's CPU worker makes `torch.set_num_threads` do nothing; this
-    sets the number for this thread alone, and the engine's keeps its own."""
-    torch._C.set_num_threads(1)  # noqa: SLF001 - there is no public way left

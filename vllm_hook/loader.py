@@ -25,11 +25,12 @@ from kvfs.codec import FORMS
 from kvfs.coded import open_coded
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, StoreBusy
 from kvfs.identity import Manifest, PartId
-from kvfs.vllm_hook.copying import Copy, single_threaded
+from kvfs.vllm_hook.copying import Copy
 from kvfs.vllm_hook.decoding import Ways
 from kvfs.vllm_hook.jobs import Load, LoadPart
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.stats import Counts
+from kvfs.vllm_hook.threads import cores, step_aside
 
 __all__ = ["Loader"]
 
@@ -84,7 +85,7 @@ class Loader:
         self._failed: set[str] = set()
         self._stuck: set[threading.Thread] = set()
         self._closed = False
-        self._width = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        self._width = max(1, min(4, len(cores()) // 2))
         for _ in range(self._width):
             self._start_thread()
         threading.Thread(target=self._watch, name="kvfs-watchdog", daemon=True).start()
@@ -176,7 +177,7 @@ class Loader:
 
     def _run(self) -> None:
         me = threading.current_thread()
-        single_threaded()
+        step_aside()
         while (task := self._queue.get()) is not None:
             active, refs = task
             with self._changed:
