@@ -89,11 +89,12 @@ def compacting(mount: Path, log: Path) -> Iterator[None]:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:
         yield
-        if process.poll() is not None:
-            raise RuntimeError(f"compaction ended before the round did; see {log}")
     finally:
+        early = process.poll() is not None
         process.send_signal(signal.SIGINT)
         process.wait(30)
+        if early:
+            raise RuntimeError(f"compaction ended before its round; see {log}")
 
 
 async def answers(engines: list[Engine], model: Path, seconds: float, numbers: Iterator[int]) -> list[float]:

@@ -72,10 +72,10 @@ def test_compaction_changes_nothing_of_that(engine: Callable[..., Toy], tmp_path
     shared, more = text(6, 256), {"exact": text(7, 70), "lossy": text(8, 70)}
     for who in order:
         if who == "compact":
-            compact(tmp_path / "store", "medium")
+            compact(tmp_path / "store")
         else:
             engine(fidelity=who, **GENEROUS).answer(shared + more[who])
-    compact(tmp_path / "store", "medium")
+    compact(tmp_path / "store")
     before = parts(tmp_path / "store")["exact"]
     assert engine(fidelity="lossy", **GENEROUS).answer(shared + more["lossy"] + text(9, 40)) == 320
     assert parts(tmp_path / "store")["exact"] == before
