@@ -60,6 +60,15 @@ def lossy(name: str) -> Peer:
     return Peer(name, name, lambda store: kvfs_connector(store=str(store), fidelity="lossy", gate="always"))
 
 
+def compacted_copy(store: Path, copy: Path, level: str) -> None:
+    """Copy a store, and compact the lossy namespace in it."""
+    shutil.copytree(store, copy)
+    for ns in copy.glob("?" * 64):
+        if json.loads((ns / "manifest.json").read_text())["identity"]["fidelity"] == "lossy":
+            command = [KVFS, "compact", ns.name, "--level", level, "--now", "--at", copy]
+            subprocess.run(command, check=True, stdout=sys.stderr)
+
+
 async def stores(model: Path, work: Path, lengths: list[int], texts: int, levels: list[str]) -> list[str]:
     """Compute all prompts into the store ``raw``, and make a store of each level of it. Return their names."""
     log = work / "raw.log"
@@ -70,11 +79,7 @@ async def stores(model: Path, work: Path, lengths: list[int], texts: int, levels
                 await engine.generate(ids)
         await settle(work / "raw")
     for level in levels:
-        shutil.copytree(work / "raw", work / level)
-        for ns in work.joinpath(level).glob("?" * 64):
-            if json.loads((ns / "manifest.json").read_text())["identity"]["fidelity"] == "lossy":
-                command = [KVFS, "compact", ns.name, "--level", level, "--now", "--at", work / level]
-                subprocess.run(command, check=True, stdout=sys.stderr)
+        compacted_copy(work / "raw", work / level, level)
     return ["raw", *levels]
 
 

@@ -58,8 +58,10 @@ PLAIN = Geometry(
 
 
 def kv_of(layer: int, side: int, heads: range, tokens: Sequence[int], start: int) -> np.ndarray:
-    """The KV bits ``[heads, tokens, DIM]`` (int16) of a text's tokens from position ``start`` on: bfloat16 from 1/8 to 2
-    of either sign, so that they can be made smaller."""
+    """The KV bits ``[heads, tokens, DIM]`` (int16) of a text's tokens from position ``start`` on.
+
+    As bfloat16 they are numbers from 1/8 to 2 of either sign, so that the codec makes them smaller.
+    """
     position = np.arange(start, start + len(tokens), dtype=np.int64)
     per_token = np.asarray(tokens, np.int64) * 2654435761 + position * 40503 + layer * 977 + side * 131
     mixed = per_token[None, :, None] + np.arange(heads.start, heads.stop)[:, None, None] * 71 + np.arange(DIM)
