@@ -13,6 +13,7 @@ import torch
 
 from kvfs.coded import CodedFile, open_coded
 from kvfs.errors import ChunkCorrupt
+from kvfs.identity import GroupKind
 from kvfs.vllm_hook.copying import HostCopy
 from kvfs.vllm_hook.decoding import Ways, decoded_layers, room
 from tests.codec_parts import raw_part
@@ -162,7 +163,7 @@ def opened(path: Path, raw: Any) -> CodedFile:
 
 
 def test_the_first_layers_are_ready_before_the_last_are_read(tmp_path: Path) -> None:
-    raw, whole = coded_file(tmp_path / "part", tokens=256)
+    raw, whole = coded_file(tmp_path / "part", kind=GroupKind("full", tuple(range(8)), 2, 128, 128))
     with opened(tmp_path / "part", raw) as file:
         streams, data = np.zeros(room(file), np.uint8), np.zeros(file.header.layout.nbytes, np.uint8)
         assert len(file.header.index.batches()) > 1
