@@ -17,11 +17,13 @@ from kvfs.store import Store
 from tests.compacting import compact
 from tests.t5_hook_coded import GENEROUS
 from tests.t5_hook_text import text
-from tests.toy import Toy, engine  # noqa: F401 - a fixture
+from tests.toy import engine  # noqa: F401 - a fixture
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from tests.toy import Toy
 
 
 def parts(folder: Path) -> dict[str, set[str]]:
