@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -126,10 +127,25 @@ def signal_daemon(llm: Any, op: dict[str, Any]) -> Result:
     return {"children": children}
 
 
+def copy(llm: Any, op: dict[str, Any]) -> Result:
+    """Copy the store ``folder`` to the folder ``to``."""
+    shutil.copytree(op["folder"], op["to"])
+    return {}
+
+
+def recode(llm: Any, op: dict[str, Any]) -> Result:
+    """Put into the store ``folder`` what the codec ``baseline`` of `bench.baselines` leaves of its raw copy ``raw``."""
+    from tests.compacting import recode
+
+    return {"parts": recode(Path(op["raw"]), Path(op["folder"]), op["baseline"])}
+
+
 DO = {
     "generate": generate,
     "distributions": distributions,
     "compact": compact,
+    "copy": copy,
+    "recode": recode,
     "reset": reset,
     "sleep": sleep,
     "settle": settle,

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PREFIX, CONTINUATION, TOP = 1024, 224, 512
-KIVI = {"smollm2": 0.0043, "gemma": 0.0037}
-"""KL of next-token distributions with KIVI's int4 cache on these models and texts (docs/benchmarks.md)."""
+BOUND = 1.25
+"""How far next-token distributions may be from those with raw KV: so many times as far as with KIVI's int4 cache."""
 NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 """The first log-probabilities of a process would cost half a minute of compilation."""
 
@@ -36,28 +36,30 @@ NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
 def divergence(p: Any, q: Any) -> np.ndarray:
     """KL(p || q) of each position, from the most likely tokens of both: those that both name, and all others as one.
 
-    Never more than the true divergence, and close to it where the named tokens have nearly all of the mass.
+    Never more than the true divergence, and close to it as the named tokens have nearly all of the mass.
     """
-    out = []
+    out, unnamed = [], []
     for p_ids, p_log, q_ids, q_log in zip(*p, *q, strict=True):
         ours, theirs = dict(zip(p_ids, p_log, strict=True)), dict(zip(q_ids, q_log, strict=True))
         both = [t for t in ours if t in theirs]
         a, b = np.exp([ours[t] for t in both]), np.exp([theirs[t] for t in both])
-        a, b = np.append(a, max(1e-9, 1 - a.sum())), np.append(b, max(1e-9, 1 - b.sum()))
-        assert a[-1] < 0.2, "too much of the distribution is not named"
+        a, b = (np.append(x, max(1e-9, 1 - x.sum())) for x in (a, b))
+        unnamed.append(a[-1])
         out.append(float((a * np.log(a / b)).sum()))
+    assert np.mean(unnamed) < 0.1
     return np.array(out)
 
 
-@pytest.mark.parametrize("name", list(KIVI))
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
 def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: Models, tmp_path: Path) -> None:
-    model, store = getattr(models, name), tmp_path / "store"
+    model = getattr(models, name)
     texts = texts_of(model, list(probe_texts().values()))
     prompts = [texts.tokens(i, PREFIX + CONTINUATION) for i in range(len(texts.texts))]
+    store, raw = str(tmp_path / "store"), str(tmp_path / "raw")
 
-    def score(out: str) -> dict[str, Any]:
-        scored = {"prompts": prompts, "after": PREFIX, "top": TOP, "out": str(tmp_path / out)}
-        return {"do": "distributions", **scored}
+    def score(out: str) -> list[dict[str, Any]]:
+        scored = {"prompts": prompts, "after": PREFIX, "top": TOP, "out": str(tmp_path / f"{out}.npz")}
+        return [RESET, {"do": "distributions", **scored}]
 
     found = run_engine(
         tmp_path,
@@ -66,24 +68,28 @@ def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: M
         [
             *(generate(prompt(ids[:PREFIX], 1)) for ids in prompts),
             SETTLE,
-            RESET,
-            score("raw.npz"),
-            {"do": "compact", "folder": str(store), "level": "medium"},
-            RESET,
-            score("medium.npz"),
+            *score("raw"),
+            {"do": "copy", "folder": store, "to": raw},
+            {"do": "compact", "folder": store, "level": "medium"},
+            *score("medium"),
+            {"do": "recode", "folder": store, "raw": raw, "baseline": "KIVI int4"},
+            *score("kivi"),
         ],
-        transfer(store=str(store), fidelity="lossy", **PATIENT),
+        transfer(store=store, fidelity="lossy", **PATIENT),
         NO_COMPILER,
         max_logprobs=TOP,
     )
-    assert found[-4]["cached"] == found[-1]["cached"] == [PREFIX] * len(prompts)
-    raw, medium = (np.load(tmp_path / f"{x}.npz") for x in ("raw", "medium"))
-    kl = [
-        divergence(*((x[f"ids{i}"].tolist(), x[f"logprobs{i}"].tolist()) for x in (raw, medium)))
-        for i in range(len(prompts))
-    ]
-    assert all(len(each) == CONTINUATION - 1 for each in kl)
-    assert 0 < np.mean(kl) <= 1.25 * KIVI[name], [float(x.mean()) for x in kl]
+    assert [r["cached"] for r in found if "cached" in r] == [[PREFIX] * len(prompts)] * 3
+    told = {x: np.load(tmp_path / f"{x}.npz") for x in ("raw", "medium", "kivi")}
+
+    def kl(name: str) -> list[np.ndarray]:
+        pairs = [(told[x], i) for i in range(len(prompts)) for x in ("raw", name)]
+        rows = [(x[f"ids{i}"].tolist(), x[f"logprobs{i}"].tolist()) for x, i in pairs]
+        return [divergence(p, q) for p, q in zip(rows[::2], rows[1::2], strict=True)]
+
+    medium, kivi = kl("medium"), kl("kivi")
+    assert all(len(each) == CONTINUATION - 1 for each in medium)
+    assert 0 < np.mean(medium) <= BOUND * np.mean(kivi), [[float(x.mean()) for x in way] for way in (medium, kivi)]
 
 
 # --- exact: the same bits, and nothing of a lossy engine ---
