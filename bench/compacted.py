@@ -38,6 +38,8 @@ RATE = 200_000_000
 """Bytes a second of the slow medium."""
 LEVELS = ["lossless", "medium"]
 QUIET = {"kvfs.skip_write": True}
+MAX_TOKENS = 8192
+"""What the smaller of the models can read."""
 HOT, SLOW = 1.3, 2.0
 """Hot, a prompt from a store compacted to medium may take so many times as long as from the raw one; from the slow
 medium the raw one has to take so many times as long."""
@@ -72,7 +74,7 @@ def compacted_copy(store: Path, copy: Path, level: str) -> None:
 async def stores(model: Path, work: Path, lengths: list[int], texts: int, levels: list[str]) -> list[str]:
     """Compute all prompts into the store ``raw``, and make a store of each level of it. Return their names."""
     log = work / "raw.log"
-    async with running(lossy("raw"), work / "raw", model, log) as engine:
+    async with running(lossy("raw"), work / "raw", model, log, max_model_len=MAX_TOKENS) as engine:
         await engine.generate(prompt(model, 600, "warm-up of the first engine", -1))
         for length in lengths:
             for ids in prompts(model, length, texts):
@@ -98,7 +100,8 @@ async def measure(
             engines: dict[str, Engine] = {}
             with slow.entered():
                 for name in names:
-                    started = running(lossy(name), work / name, model, work / f"{name}.log")
+                    log = work / f"{name}.log"
+                    started = running(lossy(name), work / name, model, log, max_model_len=MAX_TOKENS)
                     engines[name] = await stack.enter_async_context(started)
                     await engines[name].generate(prompt(model, 600, "warm-up of the first engine", -1))
             for number in range(rounds):
