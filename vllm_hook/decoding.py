@@ -42,7 +42,7 @@ def decoded_layers(file: CodedFile, buffer: Bytes, out: Bytes) -> Iterator[tuple
             if got == 0:
                 raise ChunkCorrupt(h.name, "truncated", "the file ends inside its streams")
             at += got
-        h.decode_layers(view, out, first, last, turns)
+        h.decode_layers(view, out.data, first, last, turns)
         yield first, last
 
 

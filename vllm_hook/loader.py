@@ -38,6 +38,9 @@ log = logging.getLogger(__name__)
 
 MAX_STUCK = 8
 """Threads left in reads that hang; beyond it loads fail at once until one comes back."""
+MAX_THREADS = 4
+"""Threads that a load is spread over, where there are as many cores. A forward pass waits for the slowest of its own
+threads, so a load beside it costs least if it is over soon."""
 REPORT_TIMEOUT = 1.0
 RAW = FORMS[0]
 
@@ -85,7 +88,7 @@ class Loader:
         self._failed: set[str] = set()
         self._stuck: set[threading.Thread] = set()
         self._closed = False
-        self._width = max(1, min(4, len(cores()) // 2))
+        self._width = min(MAX_THREADS, len(cores()))
         for _ in range(self._width):
             self._start_thread()
         threading.Thread(target=self._watch, name="kvfs-watchdog", daemon=True).start()
