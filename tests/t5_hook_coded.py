@@ -137,7 +137,7 @@ def test_a_decode_that_hangs_is_given_up_and_writes_nothing_afterwards(
     engine().answer(tokens)
     compact(tmp_path / "store")
     logs.claim("given up .stall")
-    toy = engine(copy=Hanging, stall=0.3)
+    toy = engine(copy=Hanging, stall=1.5)
     run = toy.admit(tokens)
     assert run.failed
     toy.finish(run)  # the blocks go to somebody else: they are overwritten with the canary
