@@ -12,9 +12,9 @@ import pytest
 
 from bench.quality import probe_texts
 from kvfs.store import Store
-from tests.engines import RESET, SETTLE, cached, generate, prompt, run_engine, texts_of, transfer
+from tests.engines import RESET, SETTLE, cached, can_mount, generate, prompt, run_engine, texts_of, transfer
 from tests.hook_probe import events
-from tests.t6_vllm_models import NO_WRITE, PATIENT
+from tests.t6_vllm_models import NO_WRITE, PATIENT, reached
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,14 +139,15 @@ def told(models: Models, long_texts: list[str], tmp_path_factory: Any) -> Told:
         ],
         transfer(fidelity="lossy", **way),
     )
-    exact = run_engine(
-        folder,
-        "second",
-        models.llama,
-        [generate(prompt(t, 1, params=NO_WRITE)) for t in (*longer, other)],
-        transfer(probe=True, **way),
-        {"KVFS_PROBE_STORE": str(folder / "raw")},
-    )
+    with reached(folder, "mount" if can_mount() else "store") as place:
+        exact = run_engine(
+            folder,
+            "second",
+            models.llama,
+            [generate(prompt(t, 1, params=NO_WRITE)) for t in (*longer, other)],
+            transfer(probe=True, **PATIENT, **place),
+            {"KVFS_PROBE_STORE": str(folder / "raw")},
+        )
     return Told(written, lossy, exact, folder / "second.events")
 
 
