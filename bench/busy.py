@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 OUT = Path(__file__).parent / "out" / "busy.json"
 CLIENTS, TOKENS, REPLY = 2, 300, 8
 """Clients of an engine, and tokens of each prompt and reply."""
-PILE = 1 << 30
+PILE = 4 << 30
 """Bytes of raw chunks that lie ready in a round with compaction."""
 BOUND = 1.05
 KVFS = Path(sys.executable).with_name("kvfs")
