@@ -77,7 +77,7 @@ class Case:
         for fd in self.files:
             with open_part(os.dup(fd), self.manifest, bytes(32), PART) as file:
                 sums = file.header.sums if verify else None
-                copy.load(file, self.manifest, PART, self.table, 0, CHUNK, sums, token)
+                copy.load(file, self.manifest, self.table, 0, CHUNK, sums, token)
 
     def mapped(self) -> list[torch.Tensor]:
         out = []

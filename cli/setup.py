@@ -54,7 +54,13 @@ def config_show(origin: bool, config_file: Path | None, as_json: bool) -> None:
 @click.command(name="vllm-config", short_help="Print the --kv-transfer-config value for vLLM.")
 @click.option("--mount", "mountpoint", type=click.Path(path_type=Path), metavar="DIR", help="Use a mounted store.")
 @click.option("--store", type=click.Path(path_type=Path), metavar="DIR", help="Use a store without a daemon.")
-def vllm_config(mountpoint: Path | None, store: Path | None) -> None:
+@click.option(
+    "--fidelity",
+    type=click.Choice(["exact", "lossy"]),
+    default="exact",
+    help="lossy: KV that was compacted with loss will do; what is computed is kept apart from exact KV.",
+)
+def vllm_config(mountpoint: Path | None, store: Path | None, fidelity: str) -> None:
     """Print one JSON object for vLLM's --kv-transfer-config, and nothing else.
 
     vllm serve MODEL --kv-transfer-config "$(kvfs vllm-config --mount /mnt/kvfs)"
@@ -65,6 +71,7 @@ def vllm_config(mountpoint: Path | None, store: Path | None) -> None:
         place = {"store": str(store.absolute())}
     else:
         raise click.UsageError("give one of --mount DIR and --store DIR")
+    lossy = {} if fidelity == "exact" else {"fidelity": fidelity}
     click.echo(
         json.dumps(
             {
@@ -73,7 +80,7 @@ def vllm_config(mountpoint: Path | None, store: Path | None) -> None:
                 "kv_role": "kv_both",
                 # vLLM's own default fails the request when a load fails.
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": place,
+                "kv_connector_extra_config": place | lossy,
             },
             separators=(",", ":"),
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -47,6 +48,40 @@ def generate(llm: Any, op: dict[str, Any]) -> Result:
             for o in outputs
         ],
     }
+
+
+def distributions(llm: Any, op: dict[str, Any]) -> Result:
+    """Score each of ``prompts`` from its token ``after`` on, over what is cached of it: the ``top`` most likely tokens
+    of each position, as arrays ``ids<i>`` and ``logprobs<i>`` ``[positions, top + 1]`` (the token itself comes first)
+    in the file ``out``."""
+    import numpy as np
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(
+        max_tokens=1,
+        temperature=0,
+        prompt_logprobs=op["top"],
+        flat_logprobs=True,
+        detokenize=False,
+        skip_reading_prefix_cache=False,
+        extra_args={"kv_transfer_params": {"kvfs.skip_write": True}},
+    )
+    arrays, cached, width = {}, [], op["top"] + 1
+    for i, ids in enumerate(op["prompts"]):
+        [told] = llm.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)
+        found, cached = told.prompt_logprobs, [*cached, told.num_cached_tokens]
+        begins = [found.start_indices[p] for p in range(op["after"] + 1, len(ids))]
+        arrays[f"ids{i}"] = np.array([found.token_ids[b : b + width] for b in begins], np.int32)
+        arrays[f"logprobs{i}"] = np.array([found.logprobs[b : b + width] for b in begins], np.float64)
+    np.savez(op["out"], **arrays)
+    return {"cached": cached}
+
+
+def compact(llm: Any, op: dict[str, Any]) -> Result:
+    """Compact the whole store ``folder``, lossy namespaces at ``level``."""
+    from tests.compacting import compact
+
+    return {"parts": compact(Path(op["folder"]), op["level"])}
 
 
 def reset(llm: Any, op: dict[str, Any]) -> Result:
@@ -92,7 +127,31 @@ def signal_daemon(llm: Any, op: dict[str, Any]) -> Result:
     return {"children": children}
 
 
-DO = {"generate": generate, "reset": reset, "sleep": sleep, "settle": settle, "abort": abort, "signal": signal_daemon}
+def copy(llm: Any, op: dict[str, Any]) -> Result:
+    """Copy the store ``folder`` to the folder ``to``."""
+    shutil.copytree(op["folder"], op["to"])
+    return {}
+
+
+def recode(llm: Any, op: dict[str, Any]) -> Result:
+    """Put into the store ``folder`` what the codec ``baseline`` of `bench.baselines` leaves of its raw copy ``raw``."""
+    from tests.compacting import recode
+
+    return {"parts": recode(Path(op["raw"]), Path(op["folder"]), op["baseline"])}
+
+
+DO = {
+    "generate": generate,
+    "distributions": distributions,
+    "compact": compact,
+    "copy": copy,
+    "recode": recode,
+    "reset": reset,
+    "sleep": sleep,
+    "settle": settle,
+    "abort": abort,
+    "signal": signal_daemon,
+}
 
 
 def main() -> None:

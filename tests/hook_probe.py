@@ -24,7 +24,6 @@ from kvfs.vllm_hook.worker import WorkerHalf
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from kvfs.identity import PartId
 
 __all__ = ["HANG", "ProbeConnector", "events"]
 
@@ -49,25 +48,24 @@ class ProbeLoader(Loader):
         self.lock = threading.Lock()
         super().__init__(*args)
 
-    def submit(self, load: Any, manifest: Any) -> None:
+    def submit(self, load: Any, manifests: Any) -> None:
         with self.lock:
             self.number[load.request] = len(self.number) + 1
-        super().submit(load, manifest)
+        super().submit(load, manifests)
 
-    def _part(self, active: Active, part: Any, where: PartId, fd: int, verify: bool) -> None:
+    def _part(self, active: Active, *args: Any) -> None:
         number = self.number[active.load.request]
         if number in self.faults["fail"]:
-            os.close(fd)
             raise OSError(5, "on purpose")
         if number in self.faults["hang"]:
             time.sleep(HANG)
             before = active.token.progress
             try:
-                super()._part(active, part, where, fd, verify)
+                super()._part(active, *args)
             finally:
                 tell(event="woke", number=number, late_bytes=active.token.progress - before)
             return
-        super()._part(active, part, where, fd, verify)
+        super()._part(active, *args)
 
     def _end(self, active: Active, reason: str | None) -> None:
         bad = self.compare(active) if reason is None else []
@@ -87,19 +85,20 @@ class ProbeLoader(Loader):
         """The parts whose rows in the engine's blocks are not those of their file."""
         load, bad = active.load, []
         for part in load.parts:
+            manifest = active.manifests[part.ns]
             for where in self._kv.loads:
                 if where.kind not in part.kinds:
                     continue
-                lay = layout(active.manifest, where, part.tokens)
+                lay = layout(manifest, where, part.tokens)
                 first = max(load.first[where.kind], self.first_live(active, where.kind)) - part.position
                 first, last = max(first, 0), min(load.n - part.position, part.tokens)
                 if first >= last:
                     continue
                 held = np.zeros(lay.nbytes, np.uint8)
-                ops = self._kv.ops(active.manifest, where, part.tokens)
+                ops = self._kv.ops(manifest, where, part.tokens)
                 _native.gather(ops, active.table, first, last, part.position, held)
-                fd = self.store.open_part(load.ns, part.key, where)
-                with open_part(fd, active.manifest, part.key, where) as file:
+                fd = self.store.open_part(part.ns, part.key, where)
+                with open_part(fd, manifest, part.key, where) as file:
                     stored = np.frombuffer(file.read(), np.uint8)
                 for t in lay.tensors:
                     tensors = (x[t.start : t.start + t.nbytes].reshape(*t.shape[:2], -1) for x in (held, stored))

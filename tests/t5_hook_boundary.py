@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from kvfs.errors import ConfigError
 from kvfs.vllm_hook.connector import KvfsConnector
 from kvfs.vllm_hook.jobs import Load, StepJobs
 from kvfs.vllm_hook.plugin import register
+from kvfs.vllm_hook.threads import step_aside
 from kvfs.vllm_hook.worker import Greeting
 
 if TYPE_CHECKING:
@@ -80,7 +83,7 @@ def test_whatever_it_is_given_a_hook_method_answers(
 
 def test_a_load_with_no_worker_to_do_it_is_reported_once_as_failed(tmp_path: Path) -> None:
     connector = KvfsConnector(config(tmp_path / "s"), KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=[]))
-    load = Load("r1", b"", 64, {}, (), (), 0, 0.0)
+    load = Load("r1", 64, {}, (), (), 0, 0.0)
     connector.bind_connector_metadata(StepJobs(loads=[load]))
     results = connector.get_transfer_results(set())
     assert results.finished_recving == results.failed_recving == {"r1"}
@@ -111,3 +114,25 @@ def test_the_plugin_gives_the_short_name() -> None:
     register()
     register()
     assert KVConnectorFactory.get_connector_class_by_name("KvfsConnector") is KvfsConnector
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_transfer_threads_are_not_bound_to_the_core_that_computes() -> None:
+    """vLLM binds the thread that starts them to one core."""
+    before, found = os.sched_getaffinity(0), []
+
+    def transfer() -> None:
+        found.append(os.sched_getaffinity(0))
+        step_aside()
+        found.append(os.sched_getaffinity(0))
+
+    def engine() -> None:
+        os.sched_setaffinity(0, {min(before)})
+        each = threading.Thread(target=transfer)
+        each.start()
+        each.join()
+
+    outer = threading.Thread(target=engine)
+    outer.start()
+    outer.join()
+    assert found == [{min(before)}, before]

@@ -12,19 +12,21 @@ import numpy.typing as npt
 import torch
 
 from kvfs import _native
-from kvfs.chunk import PartFile, layout
+from kvfs.chunk import PartFile, PartMeta, layout
+from kvfs.coded import CodedFile
 from kvfs.device import Rows, gather_rows, pinned, rows_of, scatter_rows
-from kvfs.errors import ChunkCorrupt, DeadlineExceeded
+from kvfs.errors import ChunkCorrupt
 from kvfs.identity import Manifest, PartId
+from kvfs.vllm_hook.decoding import decoded_layers, room
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.staging import Bytes, Staging, pageable
 
-__all__ = ["Copy", "DeviceCopy", "HostCopy", "single_threaded"]
+__all__ = ["Copy", "DeviceCopy", "HostCopy"]
 
 Table = npt.NDArray[np.int64]
 
-RING_BYTES = 256 << 20
-"""Pinned memory that loads to a GPU pass through."""
+LOAD_BYTES = 256 << 20
+"""Memory that loads pass through, at most."""
 
 
 class HostCopy:
@@ -34,12 +36,12 @@ class HostCopy:
 
     def __init__(self, kv: PagedKV) -> None:
         self._kv = kv
+        self._staging = Staging(LOAD_BYTES)
 
     def load(
         self,
         file: PartFile,
         manifest: Manifest,
-        part: PartId,
         table: Table,
         first: int,
         last: int,
@@ -52,13 +54,29 @@ class HostCopy:
         InterruptedError once ``token`` is cancelled.
         """
         h = file.header
-        ops = self._kv.ops(manifest, part, h.meta.tokens, h.data_start)
+        ops = self._kv.ops(manifest, h.meta.part, h.meta.tokens, h.data_start)
         try:
             return _native.load(file.fd, ops, table, first, last, h.meta.position, sums, token)
         except ValueError as e:
             if not e.args or e.args[0] != "checksum":
                 raise
             raise ChunkCorrupt(file.name, "checksum", f"tensor {e.args[1]} head {e.args[2]}") from None
+
+    def decode(
+        self, file: CodedFile, manifest: Manifest, table: Table, first: int, last: int, token: _native.CancelToken
+    ) -> int:
+        """As `load`, from the coded form; each layer is in its blocks before the next ones are read.
+
+        ChunkCorrupt as `decoded_layers`; DeadlineExceeded if no memory gets free.
+        """
+        h, meta, moved = file.header, file.header.meta, 0
+        ops = self._kv.ops(manifest, meta.part, meta.tokens)
+        tensors = len(ops) // len(h.index.layers)
+        with self._staging.lend(h.layout.nbytes) as data, self._staging.lend(room(file)) as streams:
+            for a, b in decoded_layers(file, streams, data):
+                rows = ops[tensors * a : tensors * b]
+                moved += _native.scatter(data, rows, table, first, last, meta.position, token)
+        return moved
 
     def gather(
         self, manifest: Manifest, part: PartId, tokens: int, position: int, table: Table, out: Bytes
@@ -78,14 +96,13 @@ class DeviceCopy:
 
     def __init__(self, kv: PagedKV) -> None:
         self._kv = kv
-        self._ring = Staging(RING_BYTES, pinned)
+        self._staging, self._ring = Staging(LOAD_BYTES), Staging(LOAD_BYTES, pinned)
         self._in, self._out = torch.cuda.Stream(kv.device), torch.cuda.Stream(kv.device)
 
     def load(
         self,
         file: PartFile,
         manifest: Manifest,
-        part: PartId,
         table: Table,
         first: int,
         last: int,
@@ -94,29 +111,47 @@ class DeviceCopy:
     ) -> int:
         """As `HostCopy.load`. DeadlineExceeded if no pinned memory gets free."""
         h = file.header
-        buffer = self._ring.take(h.layout.nbytes, wait=1.0)
-        if buffer is None:
-            raise DeadlineExceeded("waiting for pinned memory", 1.0)
-        try:
-            read_into(file, buffer)
-            if sums is not None and _native.sums(buffer, h.layout.bounds) != sums:
+        with self._ring.lend(h.layout.nbytes) as data:
+            read_into(file, data)
+            if sums is not None and _native.sums(data, h.layout.bounds) != sums:
                 raise ChunkCorrupt(file.name, "checksum", "a tensor differs")
-            if not token.acquire():
-                raise InterruptedError
-            try:
-                with torch.cuda.stream(self._in):
-                    self._in.wait_stream(self._out)  # a gather may still read blocks that were freed since
-                    data = torch.from_numpy(buffer).to(self._kv.device, non_blocking=True)
-                    moved = move_part(
-                        self._kv, manifest, part, h.meta.tokens, h.meta.position, table, first, last, data, scatter_rows
-                    )
-                self._in.synchronize()
-            finally:
-                token.release()
-            token.add_progress(moved)
-            return moved
+            return self._push(manifest, h.meta, table, first, last, data, token)
+
+    def decode(
+        self, file: CodedFile, manifest: Manifest, table: Table, first: int, last: int, token: _native.CancelToken
+    ) -> int:
+        """As `HostCopy.decode`, but that all layers are decoded, by the CPU, before the first goes to the GPU."""
+        h = file.header
+        with self._ring.lend(h.layout.nbytes) as data, self._staging.lend(room(file)) as streams:
+            for _ in decoded_layers(file, streams, data):
+                if token.cancelled:
+                    raise InterruptedError
+            return self._push(manifest, h.meta, table, first, last, data, token)
+
+    def _push(
+        self,
+        manifest: Manifest,
+        meta: PartMeta,
+        table: Table,
+        first: int,
+        last: int,
+        data: Bytes,
+        token: _native.CancelToken,
+    ) -> int:
+        if not token.acquire():
+            raise InterruptedError
+        try:
+            with torch.cuda.stream(self._in):
+                self._in.wait_stream(self._out)  # a gather may still read blocks that were freed since
+                moving = torch.from_numpy(data).to(self._kv.device, non_blocking=True)
+                moved = move_part(
+                    self._kv, manifest, meta.part, meta.tokens, meta.position, table, first, last, moving, scatter_rows
+                )
+            self._in.synchronize()
         finally:
-            self._ring.give(buffer)
+            token.release()
+        token.add_progress(moved)
+        return moved
 
     def gather(
         self, manifest: Manifest, part: PartId, tokens: int, position: int, table: Table, out: Bytes
@@ -177,9 +212,3 @@ def read_into(file: PartFile, buffer: Bytes) -> None:
         if got == 0:
             raise ChunkCorrupt(file.name, "truncated", "the file ends inside its data")
         at += got
-
-
-def single_threaded() -> None:
-    """Keep torch's operators on the calling thread. vLLM's CPU worker makes `torch.set_num_threads` do nothing; this
-    sets the number for this thread alone, and the engine's keeps its own."""
-    torch._C.set_num_threads(1)  # noqa: SLF001 - there is no public way left

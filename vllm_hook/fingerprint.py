@@ -135,16 +135,18 @@ class Namespaces:
         private = {"private": True} if manifest.weights.startswith("private:") else {}
         self._register(manifest, {"name": str(name), "revision": model.revision} | private)
 
-    def exact_twin(self, manifest: Manifest) -> Manifest | None:
-        """The exact namespace that a lossy one reads too."""
-        return dataclasses.replace(manifest, fidelity="exact") if manifest.fidelity == "lossy" else None
+    def readable(self, manifest: Manifest) -> tuple[Manifest, ...]:
+        """The namespaces that whoever writes to this one may read, the preferred one first: itself, and before a lossy
+        one the exact one of the same identity."""
+        twins = (dataclasses.replace(manifest, fidelity="exact"),) if manifest.fidelity == "lossy" else ()
+        return (*twins, manifest)
 
     def _find(self, adapter: Adapter | None, epoch: int) -> None:
         level = logging.WARNING
         while not self._closed.is_set():
             try:
                 manifest = self._fingerprint(adapter)
-                for each in filter(None, (manifest, self.exact_twin(manifest))):
+                for each in self.readable(manifest):
                     self.register(each)
             except (KvfsError, OSError) as e:
                 log.log(level, "kvfs: nothing is cached until the store knows the model (%s); trying again", e)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
 
+from kvfs.chunk import PartMeta
+from kvfs.errors import ChunkCorrupt
 from kvfs.identity import Manifest
 
 __all__ = ["Load", "LoadPart", "Save", "SavePart", "StepJobs"]
@@ -14,17 +16,25 @@ __all__ = ["Load", "LoadPart", "Save", "SavePart", "StepJobs"]
 
 @dataclass(frozen=True)
 class LoadPart:
-    """The parts of one chunk to load: ``kinds`` of the chunk ``key``, which holds ``tokens`` from ``position`` on."""
+    """Parts of one chunk to load: ``kinds`` of the chunk ``key`` of namespace ``ns``, which holds ``tokens`` from
+    ``position`` on."""
 
+    ns: bytes
     key: bytes
     position: int
     tokens: int
     kinds: tuple[str, ...]
 
+    def check(self, meta: PartMeta) -> None:
+        """Make sure that a part file holds these tokens; ChunkCorrupt ``wrong-shape`` if not."""
+        if (meta.position, meta.tokens) != (self.position, self.tokens):
+            name = f"{meta.key.hex()}.{meta.part}"
+            raise ChunkCorrupt(name, "wrong-shape", f"tokens {meta.position}+{meta.tokens}")
+
 
 @dataclass(frozen=True)
 class Load:
-    """Fill the blocks of a request with the tokens [computed, n) of namespace ``ns``.
+    """Fill the blocks of a request with the tokens [computed, n).
 
     ``first`` gives, per kind, the first token to write: nothing below it, nothing at n or beyond. ``block_ids`` are the
     engine's block tables, one per group. ``seconds`` is the estimate (0: none yet), ``nbytes`` what will be read by
@@ -32,7 +42,6 @@ class Load:
     """
 
     request: str
-    ns: bytes
     n: int
     first: dict[str, int]
     parts: tuple[LoadPart, ...]

@@ -5,12 +5,13 @@ engine gives them to someone else. A read that hangs cannot be interrupted; its 
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,13 +19,18 @@ import numpy as np
 import numpy.typing as npt
 
 from kvfs import _native
-from kvfs.chunk import open_part
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError
+from kvfs.chunk import layout, open_part
+from kvfs.client.claims import LeasedPart
+from kvfs.codec import FORMS
+from kvfs.coded import open_coded
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, StoreBusy
 from kvfs.identity import Manifest, PartId
-from kvfs.vllm_hook.copying import Copy, single_threaded
+from kvfs.vllm_hook.copying import Copy
+from kvfs.vllm_hook.decoding import Ways
 from kvfs.vllm_hook.jobs import Load, LoadPart
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.stats import Counts
+from kvfs.vllm_hook.threads import cores, step_aside
 
 __all__ = ["Loader"]
 
@@ -32,7 +38,11 @@ log = logging.getLogger(__name__)
 
 MAX_STUCK = 8
 """Threads left in reads that hang; beyond it loads fail at once until one comes back."""
+MAX_THREADS = 4
+"""Threads that a load is spread over, where there are as many cores. A forward pass waits for the slowest of its own
+threads, so a load beside it costs least if it is over soon."""
 REPORT_TIMEOUT = 1.0
+RAW = FORMS[0]
 
 CANCELLED = "cancelled"
 """Of an attempt whose load was ended meanwhile: whoever did that has reported why."""
@@ -52,7 +62,7 @@ class Active:
     """A load under way. ``left`` counts the batches that its threads have not finished."""
 
     load: Load
-    manifest: Manifest
+    manifests: Mapping[bytes, Manifest]
     table: npt.NDArray[np.int64]
     deadline: float
     submitted: float
@@ -70,6 +80,7 @@ class Loader:
     def __init__(self, client: Any, kv: PagedKV, copy: Copy, counts: Counts, stall: float, longest: float) -> None:
         self._client, self._kv, self._copy, self._counts = client, kv, copy, counts
         self._stall, self._longest = stall, longest
+        self._ways = Ways()
         self._queue: queue.SimpleQueue[tuple[Active, list[Ref]] | None] = queue.SimpleQueue()
         self._changed = threading.Condition()  # guards all that follows
         self._active: dict[str, Active] = {}
@@ -77,14 +88,14 @@ class Loader:
         self._failed: set[str] = set()
         self._stuck: set[threading.Thread] = set()
         self._closed = False
-        self._width = max(1, min(4, len(os.sched_getaffinity(0)) // 2))
+        self._width = min(MAX_THREADS, len(cores()))
         for _ in range(self._width):
             self._start_thread()
         threading.Thread(target=self._watch, name="kvfs-watchdog", daemon=True).start()
 
-    def submit(self, load: Load, manifest: Manifest | None) -> None:
-        """Begin a load; what becomes of it is told by `take`."""
-        if manifest is None or not load.parts:
+    def submit(self, load: Load, manifests: Mapping[bytes, Manifest]) -> None:
+        """Begin a load; what becomes of it is told by `take`. ``manifests`` are those of its namespaces, by digest."""
+        if not load.parts or any(part.ns not in manifests for part in load.parts):
             self.fail(load.request, "refused")
             return
         refs = [(part, where) for part in load.parts for where in self._kv.loads if where.kind in part.kinds]
@@ -97,7 +108,7 @@ class Loader:
                 return
             ahead = sum(a.load.seconds for a in self._active.values())
             deadline = now + max(self._longest, 2 * (ahead + load.seconds))
-            active = Active(load, manifest, table, deadline, now, len(batches))
+            active = Active(load, manifests, table, deadline, now, len(batches))
             self._active[load.request] = active
             self._changed.notify_all()
         for batch in batches:
@@ -169,7 +180,7 @@ class Loader:
 
     def _run(self) -> None:
         me = threading.current_thread()
-        single_threaded()
+        step_aside()
         while (task := self._queue.get()) is not None:
             active, refs = task
             with self._changed:
@@ -206,28 +217,59 @@ class Loader:
         return None
 
     def _batch(self, active: Active, refs: Sequence[Ref], later: contextlib.ExitStack) -> None:
-        ns = active.load.ns
-        wanted = [(part.key, where) for part, where in refs]
-        lease = later.enter_context(self._client.lease(ns, wanted, timeout=self._stall))
-        for (part, where), leased in zip(refs, lease.parts, strict=True):
-            try:
-                self._part(active, part, where, os.dup(leased.fd), verify=not leased.verified)
-            except ChunkCorrupt as e:
-                later.callback(self._report, ns, part.key, where, e.reason)
-                raise
-            if not leased.verified:
-                later.callback(self._report, ns, part.key, where, None)
+        todo: list[tuple[LoadPart, LeasedPart]] = []
+        for ns in dict.fromkeys(part.ns for part, _ in refs):
+            own = [(part, where) for part, where in refs if part.ns == ns]
+            wanted = [(part.key, where) for part, where in own]
+            lease = later.enter_context(self._client.lease(ns, wanted, timeout=self._stall, coded=True))
+            todo += zip((part for part, _ in own), lease.parts, strict=True)
+        for (part, leased), ahead in itertools.zip_longest(todo, todo[1:]):
+            if ahead is not None and ahead[1].form != RAW:  # the disk reads it while this one is decoded
+                os.posix_fadvise(ahead[1].fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            self._part(active, part, leased, later)
 
-    def _part(self, active: Active, part: LoadPart, where: PartId, fd: int, verify: bool) -> None:
-        load = active.load
-        with open_part(fd, active.manifest, part.key, where) as file:
-            header = file.header
-            if (header.meta.position, header.meta.tokens) != (part.position, part.tokens):
-                raise ChunkCorrupt(file.name, "wrong-shape", f"tokens {header.meta.position}+{header.meta.tokens}")
-            first = max(load.first[where.kind] - part.position, 0)
-            last = min(load.n - part.position, part.tokens)
-            sums = header.sums if verify else None
-            self._copy.load(file, active.manifest, where, active.table, first, last, sums, active.token)
+    def _part(self, active: Active, part: LoadPart, leased: LeasedPart, later: contextlib.ExitStack) -> None:
+        """Bring a part into the blocks; a compacted one by whichever way is faster."""
+        if leased.form == RAW:
+            self._fill(active, part, leased, later)
+            return
+        decodes, began = self._ways.decodes(), time.monotonic()
+        if not decodes:
+            try:
+                with self._client.lease(part.ns, [(part.key, leased.part)], timeout=self._stall) as hydrated:
+                    self._fill(active, part, hydrated.parts[0], later)
+            except StoreBusy:  # there is no memory to hydrate it
+                decodes = True
+        if decodes:
+            self._fill(active, part, leased, later)
+        nbytes, seconds = layout(active.manifests[part.ns], leased.part, part.tokens).nbytes, time.monotonic() - began
+        self._ways.took(decodes, nbytes, seconds)
+        way = "decoded" if decodes else "hydrated"
+        self._counts.add("compacted_bytes", nbytes, way)
+        self._counts.add("compacted_seconds", seconds, way)
+
+    def _fill(self, active: Active, part: LoadPart, leased: LeasedPart, later: contextlib.ExitStack) -> None:
+        try:
+            self._copy_part(active, part, leased)
+        except ChunkCorrupt as e:
+            later.callback(self._report, part.ns, part.key, leased.part, e.reason)
+            raise
+        if not leased.verified:
+            later.callback(self._report, part.ns, part.key, leased.part, None)
+
+    def _copy_part(self, active: Active, part: LoadPart, leased: LeasedPart) -> None:
+        load, manifest, fd = active.load, active.manifests[part.ns], os.dup(leased.fd)
+        first = max(load.first[leased.part.kind] - part.position, 0)
+        last = min(load.n - part.position, part.tokens)
+        if leased.form == RAW:
+            with open_part(fd, manifest, part.key, leased.part) as file:
+                part.check(file.header.meta)
+                sums = None if leased.verified else file.header.sums
+                self._copy.load(file, manifest, active.table, first, last, sums, active.token)
+        else:
+            with open_coded(fd, manifest, part.key, leased.part) as coded:
+                part.check(coded.header.meta)
+                self._copy.decode(coded, manifest, active.table, first, last, active.token)
 
     def _report(self, ns: bytes, key: bytes, where: PartId, reason: str | None) -> None:
         try:

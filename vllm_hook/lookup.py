@@ -8,16 +8,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from kvfs.errors import DaemonUnavailable, DeadlineExceeded, KvfsError, NamespaceNotFound
 from kvfs.identity import Manifest
-from kvfs.reach import Tail
+from kvfs.reach import Need, Tail
 from kvfs.vllm_hook.chain import Chain
 
-__all__ = ["Answer", "Lookups", "Question"]
+__all__ = ["Answer", "Found", "Lookups", "Question"]
 
 log = logging.getLogger(__name__)
 
@@ -26,25 +26,68 @@ FRESH = 1.0
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What the store has of one text: a presence mask per full chunk, and tails inside the first missing one."""
+class Found:
+    """What one namespace has of a text: a presence mask per full chunk, and tails by their end."""
 
     chain: Chain
+    masks: tuple[int, ...]
+    tails: Mapping[int, int]
+
+    def of(self, need: Need) -> int:
+        """The presence mask of a chunk or tail."""
+        return self.tails.get(need.end, 0) if need.is_tail else self.masks[need.index]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the namespaces that a request may read have of its text, the preferred one first.
+
+    ``masks``, one for each full chunk, and ``tails`` are what there is to load: where there are several namespaces,
+    a kind counts that is whole in one of them.
+    """
+
+    found: tuple[Found, ...] = ()
     masks: tuple[int, ...] = ()
     tails: tuple[Tail, ...] = ()
+
+    @classmethod
+    def of(cls, found: tuple[Found, ...]) -> Self:
+        """Put together what was found."""
+        manifest = found[0].chain.manifest
+        wholes = [manifest.mask_of(k.name) for k in manifest.kinds]
+
+        def merged(masks: Sequence[int]) -> int:
+            if len(masks) == 1:
+                return masks[0]
+            return sum(whole for whole in wholes if any(whole & m == whole for m in masks))
+
+        ends = sorted({end for f in found for end in f.tails})
+        tails = (Tail(end, merged([f.tails.get(end, 0) for f in found])) for end in ends)
+        masks = zip(*(f.masks for f in found), strict=True)
+        return cls(found, tuple(merged(row) for row in masks), tuple(t for t in tails if t.mask))
+
+    def sources(self, need: Need) -> Iterator[tuple[Chain, tuple[str, ...]]]:
+        """Where to load a chunk or tail from: each kind from the first namespace that has all of it."""
+        left = list(need.kinds)
+        for f in self.found:
+            manifest, mask = f.chain.manifest, f.of(need)
+            kinds = tuple(k for k in left if (of := manifest.mask_of(k)) & mask == of)
+            if kinds:
+                yield f.chain, kinds
+                left = [k for k in left if k not in kinds]
 
 
 @dataclass(eq=False)
 class Question:
-    """One lookup of a request: its ``chains``, one for each namespace it may read.
+    """One lookup of a request: its ``chains``, one for each namespace it may read, the preferred one first.
 
-    ``answers`` is filled by the thread; ``reason`` says why there are none to come (a slug for the metrics).
+    ``answer`` is filled by the thread; ``reason`` says why it is empty (a slug for the metrics).
     """
 
     chains: Sequence[Chain]
     asked: float = field(default_factory=time.monotonic)
     tokens: int = 0
-    answers: tuple[Answer, ...] | None = None
+    answer: Answer | None = None
     reason: str = ""
     handled: threading.Event = field(default_factory=threading.Event)
     """Set when the thread is done with it."""
@@ -54,7 +97,7 @@ class Question:
 
     def holds(self, tokens: int) -> bool:
         """Whether it was asked of a text of so many tokens, lately enough."""
-        return tokens == self.tokens and (self.answers is None or time.monotonic() - self.asked < FRESH)
+        return tokens == self.tokens and (self.answer is None or time.monotonic() - self.asked < FRESH)
 
 
 class Lookups:
@@ -79,7 +122,7 @@ class Lookups:
         """Whether an unanswered question is given up: then it is a miss, whatever is answered later."""
         if time.monotonic() - question.asked < self._deadline:
             return False
-        question.answers, question.reason = (), "deadline"
+        question.answer, question.reason = Answer(), "deadline"
         return True
 
     def close(self) -> None:
@@ -89,19 +132,19 @@ class Lookups:
 
     def _run(self) -> None:
         while (question := self._queue.get()) is not None:
-            if question.answers is not None:
+            if question.answer is not None:
                 continue
             try:
-                found = tuple(self._look(chain) for chain in question.chains)
+                answer = self._look(question.chains)
             except NamespaceNotFound:
-                found = ()
+                answer = Answer()
                 self._restore(question.chains)
             except (KvfsError, OSError) as e:
-                found = ()
+                answer = Answer()
                 question.reason = _slug(e)
                 log.debug("lookup failed: %s", e)
-            if question.answers is None:
-                question.answers = found
+            if question.answer is None:
+                question.answer = answer
             question.handled.set()
 
     def _restore(self, chains: Sequence[Chain]) -> None:
@@ -111,15 +154,23 @@ class Lookups:
             except (KvfsError, OSError) as e:  # the next lookup tries again
                 log.debug("cannot register %s: %s", chain.manifest.ns_hex, e)
 
-    def _look(self, chain: Chain) -> Answer:
-        ns, keys = chain.manifest.ns, list(chain.keys)
-        masks = self._client.lookup(ns, keys, timeout=self._deadline) if keys else []
-        missing = next((i for i, m in enumerate(masks) if not m), len(masks))
-        ends = chain.tail_ends(missing)
-        if not ends:
-            return Answer(chain, tuple(masks))
-        found = self._client.lookup(ns, [chain.tail_key(end) for end in ends], timeout=self._deadline)
-        return Answer(chain, tuple(masks), tuple(Tail(end, m) for end, m in zip(ends, found, strict=True) if m))
+    def _look(self, chains: Sequence[Chain]) -> Answer:
+        shortest = min(chains, key=len)  # the scheduler may be extending them, one after the other
+        count = len(shortest.keys)
+        masks = [self._masks(chain, chain.keys[:count]) for chain in chains]
+        missing = next((i for i, row in enumerate(zip(*masks, strict=True)) if not any(row)), count)
+        ends = shortest.tail_ends(missing)
+        tails = [self._masks(chain, [chain.tail_key(end) for end in ends]) for chain in chains]
+        return Answer.of(
+            tuple(
+                Found(chain, tuple(of_chunks), {end: m for end, m in zip(ends, of_tails, strict=True) if m})
+                for chain, of_chunks, of_tails in zip(chains, masks, tails, strict=True)
+            )
+        )
+
+    def _masks(self, chain: Chain, keys: list[bytes]) -> list[int]:
+        masks: list[int] = self._client.lookup(chain.manifest.ns, keys, timeout=self._deadline) if keys else []
+        return masks
 
 
 def _slug(error: Exception) -> str:

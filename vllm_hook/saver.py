@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 from kvfs.chunk import PartMeta, layout, write_part
 from kvfs.errors import DaemonUnavailable, DeadlineExceeded, KvfsError
 from kvfs.identity import Manifest
-from kvfs.vllm_hook.copying import Copy, single_threaded
+from kvfs.vllm_hook.copying import Copy
 from kvfs.vllm_hook.jobs import Save
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.staging import Bytes, Staging
 from kvfs.vllm_hook.stats import Counts
+from kvfs.vllm_hook.threads import step_aside
 
 __all__ = ["Saver"]
 
@@ -82,7 +83,7 @@ class Saver:
         self._thread.join(wait)
 
     def _run(self) -> None:
-        single_threaded()
+        step_aside()
         while (item := self._queue.get()) is not None:
             try:
                 if item.ready is not None:

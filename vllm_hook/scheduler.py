@@ -49,10 +49,10 @@ class Plan:
 class Tracked:
     """One live request.
 
-    ``chains`` are its keys in each namespace it reads, the first being the one it writes; empty while that is not
-    known. ``plan`` is the hit last found, and ``planned`` for what. ``hit`` is the number of tokens it had when it was
-    last admitted, ``stored`` the index of the first chunk not handled since (-1: see ``hit``), ``tail`` the end of the
-    last tail stored. ``began`` is when its prefill began, and at which token.
+    ``chains`` are its keys in each namespace it reads, the preferred one first and the one it writes last; empty while
+    that is not known. ``plan`` is the hit last found, and ``planned`` for what. ``hit`` is the number of tokens it had
+    when it was last admitted, ``stored`` the index of the first chunk not handled since (-1: see ``hit``), ``tail`` the
+    end of the last tail stored. ``began`` is when its prefill began, and at which token.
     """
 
     request: Any
@@ -71,12 +71,12 @@ class Tracked:
 
     @property
     def answer(self) -> Answer | None:
-        """What the store is known to have of this text in the namespace it writes."""
-        return self.question.answers[0] if self.question and self.question.answers else None
+        """What the store is known to have of this text."""
+        return self.question.answer if self.question else None
 
     def missing(self, index: int, kinds: Sequence[str]) -> tuple[str, ...]:
         """Those of ``kinds`` that the store was not known to have of a full chunk."""
-        masks, manifest = self.answer.masks if self.answer else (), self.chains[0].manifest
+        masks, manifest = self.answer.masks if self.answer else (), self.chains[-1].manifest
         mask = masks[index] if index < len(masks) else 0
         return tuple(k for k in kinds if (of := manifest.mask_of(k)) & mask != of)
 
@@ -129,8 +129,7 @@ class SchedulerHalf:
         if not tracked.chains and (tracked.reads or tracked.writes):
             manifest = self._namespaces.get(adapter_of(request))
             if manifest is not None:
-                read = [m for m in (manifest, self._namespaces.exact_twin(manifest)) if m is not None]
-                tracked.chains = tuple(Chain(m, request).extend() for m in read)
+                tracked.chains = tuple(Chain(m, request).extend() for m in self._namespaces.readable(manifest))
                 tracked.question = self._lookups.ask(tracked.chains)
         return tracked
 
@@ -143,11 +142,10 @@ class SchedulerHalf:
         if question is None or not question.holds(request.num_tokens):
             question = tracked.question = self._lookups.ask([c.extend() for c in tracked.chains])
         self._wait(question)
-        if question.answers is None and not self._lookups.overdue(question):
+        if question.answer is None and not self._lookups.overdue(question):
             return None, False
         if (question, computed) != tracked.planned:  # a queued request is asked for in every step
-            plans = [self._plan(answer, computed, request.num_tokens - 1) for answer in question.answers or ()]
-            tracked.plan = max(filter(None, plans), key=lambda p: p.reach.n, default=None)
+            tracked.plan = self._plan(question.answer or Answer(), computed, request.num_tokens - 1)
             tracked.planned = (question, computed)
         plan = tracked.plan
         hit = plan.reach.n - computed if plan else 0
@@ -164,13 +162,15 @@ class SchedulerHalf:
         return hit, hit > 0
 
     def _wait(self, question: Question) -> None:
-        if question.answers is None and self._brief > 0:
+        if question.answer is None and self._brief > 0:
             began = time.monotonic()
             question.handled.wait(self._brief)
             self._brief -= time.monotonic() - began
 
     def _plan(self, answer: Answer, computed: int, limit: int) -> Plan | None:
-        manifest = answer.chain.manifest
+        if not answer.found:
+            return None
+        manifest = answer.found[0].chain.manifest
         found = reach(manifest, answer.masks, answer.tails, limit, computed, self._align)
         if found.n <= computed:
             return None
@@ -197,25 +197,21 @@ class SchedulerHalf:
         self._counts.add("gate", 1, "load")
 
     def _load(self, request_id: str, plan: Plan, block_ids: Tables) -> Load:
-        n, chain = plan.reach.n, plan.answer.chain
-        first = {k.name: max(plan.computed, first_token(k, n, self._align)) for k in chain.manifest.kinds}
-        parts = tuple(
-            LoadPart(
-                chain.tail_key(need.end) if need.is_tail else chain.keys[need.index],
-                need.start,
-                need.end - need.start,
-                need.kinds,
-            )
-            for need in plan.reach.needs
-        )
-        self._announce(chain, self._step)
+        n, parts = plan.reach.n, []
+        for need in plan.reach.needs:
+            for chain, kinds in plan.answer.sources(need):
+                key = chain.tail_key(need.end) if need.is_tail else chain.keys[need.index]
+                parts.append(LoadPart(chain.manifest.ns, key, need.start, need.end - need.start, kinds))
+                self._announce(chain, self._step)
+        kinds_of = plan.answer.found[0].chain.manifest.kinds
+        first = {k.name: max(plan.computed, first_token(k, n, self._align)) for k in kinds_of}
         seconds = self._gate.load_seconds(plan.nbytes)
-        return Load(request_id, chain.manifest.ns, n, first, parts, copied(block_ids), plan.nbytes, seconds)
+        return Load(request_id, n, first, tuple(parts), copied(block_ids), plan.nbytes, seconds)
 
     def doom(self, request: Any, external: int) -> None:
         """`allocated` went wrong. The engine waits for a load all the same, so let there be one that fails."""
         if external:
-            self._step.loads.append(Load(request.request_id, b"", 0, {}, (), (), 0, 0.0))
+            self._step.loads.append(Load(request.request_id, 0, {}, (), (), 0, 0.0))
 
     def received(self, finished: set[str], failed: set[str]) -> None:
         """Loads have ended; a request whose load failed is asked for again, and must not load again."""
@@ -247,7 +243,7 @@ class SchedulerHalf:
             tracked.hit, tracked.stored = before, -1
         if not tracked.writes or tracked.loading or not self.track(tracked.request).chains:
             return
-        request, chain = tracked.request, tracked.chains[0]
+        request, chain = tracked.request, tracked.chains[-1]
         chunk = chain.manifest.chunk_tokens
         if tracked.stored < 0:
             tracked.stored = tracked.hit // chunk
@@ -275,7 +271,7 @@ class SchedulerHalf:
         self._time(tracked, request.num_computed_tokens)
         if not tracked.writes or not tracked.chains or request.status.name in _UNFIT_TO_STORE:
             return False
-        chain = tracked.chains[0]
+        chain = tracked.chains[-1]
         end = tail_end(min(request.num_computed_tokens, request.num_tokens - 1))
         if end <= max(tracked.tail, tracked.hit) or end % chain.manifest.chunk_tokens == 0:
             return False
@@ -287,7 +283,7 @@ class SchedulerHalf:
         return bool(parts)
 
     def _tail(self, tracked: Tracked, end: int, block_ids: Tables) -> list[SavePart]:
-        chain, tracked.tail = tracked.chains[0], end
+        chain, tracked.tail = tracked.chains[-1], end
         if tracked.answer and any(t.end == end and t.mask == chain.manifest.all_parts for t in tracked.answer.tails):
             return []
         start = end // chain.manifest.chunk_tokens * chain.manifest.chunk_tokens

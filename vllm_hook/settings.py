@@ -16,10 +16,12 @@ __all__ = ["Settings"]
 class Settings:
     """The keys of ``kv_connector_extra_config``; exactly one of ``mount`` and ``store`` must be given.
 
-    ``gate`` is ``auto`` (load only what is estimated to come faster than it is computed) or ``always``. A sliding
-    window is kept at every multiple of ``interval_tokens``, so that a later text sharing a document up to there can
-    continue from it. Deadlines are in seconds: ``lookup_deadline`` for the answer to a lookup; a load is given up after
-    ``stall_deadline`` without a byte, or after ``load_deadline`` or twice the estimate, whichever is longer.
+    ``fidelity`` is ``exact``, or ``lossy``: KV that was compacted with loss will do, and what this engine computes is
+    stored where only lossy engines find it. ``gate`` is ``auto`` (load only what is estimated to come faster than it is
+    computed) or ``always``. A sliding window is kept at every multiple of ``interval_tokens``, so that a later text
+    sharing a document up to there can continue from it. Deadlines are in seconds: ``lookup_deadline`` for the answer to
+    a lookup; a load is given up after ``stall_deadline`` without a byte, or after ``load_deadline`` or twice the
+    estimate, whichever is longer.
     """
 
     mount: str | None = None

@@ -1,16 +1,22 @@
 """Memory that transfers pass through: bounded in bytes, and used again, since fresh pages cost more than the copy."""
 
+import contextlib
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 
+from kvfs.errors import DeadlineExceeded
+
 __all__ = ["Bytes", "Staging", "pageable"]
 
 Bytes = npt.NDArray[np.uint8]
+
+WAIT = 1.0
+"""Seconds that a transfer waits for memory that others pass through."""
 
 
 def pageable(nbytes: int) -> Bytes:
@@ -47,6 +53,17 @@ class Staging:
                 self._free[size].pop()
                 self._free_bytes -= size
         return self._allocate(nbytes)
+
+    @contextlib.contextmanager
+    def lend(self, nbytes: int) -> Iterator[Bytes]:
+        """A buffer of exactly ``nbytes`` while this lasts. DeadlineExceeded if there is no room for it in time."""
+        buffer = self.take(nbytes, WAIT)
+        if buffer is None:
+            raise DeadlineExceeded("waiting for memory to load through", WAIT)
+        try:
+            yield buffer
+        finally:
+            self.give(buffer)
 
     def give(self, buffer: Bytes) -> None:
         """Give a buffer back; nobody may touch it any more."""

@@ -17,6 +17,8 @@ COUNTERS: dict[str, tuple[str, str]] = {
     "loads": ("", "Loads that filled an engine's blocks."),
     "load_bytes": ("", "Bytes that loads have put into blocks."),
     "load_seconds": ("", "Time that loads took, on the loader's clock."),
+    "compacted_bytes": ("way", "Bytes of KV in compacted parts that loads have read: decoded here, or hydrated."),
+    "compacted_seconds": ("way", "Time that took, summed over threads."),
     "load_failures": ("reason", "Loads given up; the engine computed these tokens."),
     "saved_parts": ("", "Parts written to the store."),
     "saved_bytes": ("", "Bytes of the parts written to the store."),

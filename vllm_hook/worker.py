@@ -79,7 +79,7 @@ class WorkerHalf:
 
     def submit(self, load: Load) -> None:
         """Start a load, before the forward pass: vLLM's own time for it comes after that on a CPU."""
-        self.loader.submit(load, self._manifests.get(load.ns))
+        self.loader.submit(load, self._manifests)
 
     def order(self) -> None:
         """Before a step writes to blocks: let earlier gathers go first."""

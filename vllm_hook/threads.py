@@ -1,0 +1,28 @@
+"""Threads that move bytes beside an engine."""
+
+import contextlib
+import os
+
+import torch
+
+__all__ = ["cores", "step_aside"]
+
+
+def cores() -> set[int]:
+    """The cores that the engine's threads may run on. vLLM's CPU worker binds each of them to one, and whatever thread
+    is started later would be bound to that of the first, which computes."""
+    found = set[int]()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            found |= os.sched_getaffinity(int(thread))
+    return found
+
+
+def step_aside() -> None:
+    """Let the calling thread run on any core of the engine's, and torch's operators stay on it.
+
+    vLLM's CPU worker makes `torch.set_num_threads` do nothing; this sets the number for this thread alone, and the
+    engine's keeps its own.
+    """
+    os.sched_setaffinity(0, cores())
+    torch._C.set_num_threads(1)  # noqa: SLF001 - there is no public way left
