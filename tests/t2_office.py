@@ -147,14 +147,14 @@ def test_a_removal_that_comes_after_the_end_of_its_epoch_does_nothing(store: Sto
     for key in keys:
         put(store, key)
     parts = MANIFEST.parts
-    store.remove(MANIFEST.ns, keys[0], parts, a.office.epoch)
+    store.remove(MANIFEST.ns, keys[0], parts, epoch=a.office.epoch)
     epoch = a.office.epoch  # asked for just before it was stopped
     live(25, b)
     with pytest.raises(StoreBusy, match="later janitor"):
-        store.remove(MANIFEST.ns, keys[1], parts, epoch)
+        store.remove(MANIFEST.ns, keys[1], parts, epoch=epoch)
     assert store.masks(MANIFEST.ns, keys) == [0, MANIFEST.all_parts, MANIFEST.all_parts]
     assert {thrown.path.split("/")[0] for thrown in a.trash.entries()} == {"2"}, "what lay there is the next one's"
-    store.remove(MANIFEST.ns, keys[1], parts, b.office.epoch)
+    store.remove(MANIFEST.ns, keys[1], parts, epoch=b.office.epoch)
     store.remove(MANIFEST.ns, keys[2], parts)  # by request, on any host
     assert store.masks(MANIFEST.ns, keys) == [0, 0, 0]
     assert sorted((t.ns, t.key) for t in b.trash.entries()) == sorted((MANIFEST.ns, k) for k in keys for _ in parts)

@@ -277,7 +277,7 @@ class Evictor:
 
     def _unlink(self, ns: bytes, key: bytes, mask: int, reason: str, epoch: int) -> None:
         manifest = self.store.manifest(ns)
-        self.store.remove(ns, key, [part for part in manifest.parts if mask & manifest.bit(part)], epoch)
+        self.store.remove(ns, key, [part for part in manifest.parts if mask & manifest.bit(part)], epoch=epoch)
         self._on_evicted(ns, key, mask, reason)
 
     def _reap(self, ns: bytes) -> None:

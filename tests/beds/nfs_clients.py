@@ -313,7 +313,7 @@ host.catalog.leases.drop('r')
     assert waited <= 30
     assert janitor.call("host.member.epoch") == 0
     assert other.call("host.member.tick(); host.member.trash > 0")
-    late = "failing(lambda: host.store.remove(NS, left, PARTS, 1))"
+    late = "failing(lambda: host.store.remove(NS, left, PARTS, epoch=1))"
     other.call(f"left = {key!r}")
     janitor.call(f"left = bytes.fromhex('{key}')")
     assert janitor.call(late) == "EBUSY", "a removal of the old epoch"
