@@ -5,7 +5,7 @@
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: apt venv models demo test lint format bench bench-venv clean distclean fuzz-codec
+.PHONY: apt venv models demo test nfs lint format bench bench-venv clean distclean fuzz-codec
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3) python3)
 BIN    := .venv/bin
@@ -48,6 +48,11 @@ demo: venv models
 
 test: venv models
 	$(BIN)/python -m pytest $(ARGS)
+
+# Two real NFS clients in user-mode Linux; takes minutes, root, and Debian packages that it installs.
+nfs: venv
+	@.ci/apt $(PYTHON) nfs
+	timeout -k 10 1200 $(BIN)/python -m pytest -p no:cacheprovider -rA tests/beds/nfs_clients.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check

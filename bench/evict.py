@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 from kvfs.chunk import PartMeta
 from kvfs.config import Amount, Config
-from kvfs.daemon.evict import Evictor
-from kvfs.daemon.leases import Leases
-from kvfs.daemon.policy import POLICIES
 from kvfs.identity import GroupKind, Manifest
 from kvfs.index import Index
 from kvfs.store import Store
+from kvfs.upkeep.evict import Evictor
+from kvfs.upkeep.leases import Leases
+from kvfs.upkeep.policy import POLICIES
 
 LENGTH = 20
 DECISIONS = 40_000

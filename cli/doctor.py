@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import click
 
 from kvfs import config
-from kvfs.cli import options, render
+from kvfs.cli import nfs, options, render
 from kvfs.cli.boundary import EXIT_ERROR
 
 if TYPE_CHECKING:
@@ -180,7 +180,7 @@ def filesystem(folder: Path) -> Iterator[Finding]:
     kind = mounts.filesystem_of(folder)
     lacks = []
     if is_network(folder):
-        lacks.append("shared: no inotify for other hosts' files; data is read, not mapped")
+        lacks.append("shared: no inotify for other hosts' files, which tell of them instead; data is read, not mapped")
     if kind in STACKED or kind.startswith("fuse"):
         lacks.append("no passthrough: the daemon answers every read itself")
     if kind == "tmpfs":
@@ -209,6 +209,16 @@ def filesystem(folder: Path) -> Iterator[Finding]:
         yield Finding("WARN", "filesystem", f"{kind}: {'; '.join(lacks)}", "a local ext4 or xfs has all of it")
     elif links:
         yield ok("filesystem", f"{kind}: links, leases, notifications, passthrough")
+
+
+def nfs_mount(folder: Path) -> Iterator[Finding]:
+    """Look at the options of an NFS mount."""
+    found = nfs.options_of(folder, nfs.MOUNTINFO.read_text())
+    if found is not None:
+        fix = f"mount it with -o {nfs.ADVICE}"
+        yield from (Finding("WARN", "NFS", each, fix) for each in nfs.wrong(found))
+        if not nfs.wrong(found):
+            yield ok("NFS", f"mounted as it should be ({', '.join(found)})")
 
 
 def try_links(scratch: Path) -> bool:
@@ -247,6 +257,7 @@ def store_findings(folder: Path | None) -> Iterator[Finding]:
         yield Finding("WARN", "store", f"{folder} is not a store yet", f"kvfs init {folder}")
     yield space(folder)
     yield from filesystem(folder)
+    yield from nfs_mount(folder)
 
 
 @click.command(short_help="Check this host and a store; say how to fix what is missing.")

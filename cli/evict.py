@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfs.index import Index
+    from kvfs.upkeep.member import Member
 
 SIZE = size("1B", "1048576TiB")
 
@@ -53,26 +55,33 @@ def evict(amount: str, namespace: str | None, at: Path | None, as_json: bool) ->
 
 def evict_here(target: Target, ns: bytes | None, goal: int) -> tuple[int, int]:
     """Evict from a store that no daemon serves."""
-    from kvfs.daemon.evict import Evictor
-    from kvfs.daemon.leases import Leases
+    from kvfs.upkeep.evict import Evictor
 
-    with index_of(target) as index:
-        evictor = Evictor(target.store, index, Leases(), config.load(), _nothing, _nothing)
+    with index_of(target) as (index, member):
+        evictor = Evictor(target.store, index, member.leases, config.load(), _nothing, _nothing)
+        evictor.office = member
         return evictor.evict(index.namespaces() if ns is None else [ns], goal, "request")
 
 
 @contextlib.contextmanager
-def index_of(target: Target) -> Iterator[Index]:
-    """Give the index of a store that no daemon serves, true to the tree, and save it afterwards. StoreBusy."""
-    from kvfs.daemon.policy import POLICIES
+def index_of(target: Target) -> Iterator[tuple[Index, Member]]:
+    """Give the index of a store that no daemon serves, true to the tree, and the office of its janitor; save it
+    afterwards. StoreBusy if another has the office: a daemon on another host, or an engine that uses the folder."""
     from kvfs.index import Index
+    from kvfs.upkeep.bulletin import Bulletin
+    from kvfs.upkeep.leases import Leases
+    from kvfs.upkeep.member import Member
+    from kvfs.upkeep.policy import POLICIES
 
     target.store.lock_daemon("a kvfs command")
     index = Index(target.store, POLICIES[config.load().policy])
     index.load()
+    member = Member(target.store, socket.gethostname(), Leases(), Bulletin(), index.pinned)
+    member.campaign()
     index.reconcile()
-    yield index
+    yield index, member
     index.save()
+    member.close()
 
 
 def _nothing(*_: Any) -> None:
@@ -110,7 +119,7 @@ def set_pin(key: str, pinned: bool, at: Path | None, as_json: bool) -> None:
         with MountClient(target.path) as client:
             client.pin(ns, found, pinned)
     else:
-        with index_of(target) as index:
+        with index_of(target) as (index, _):
             if not index.pin(ns, found, pinned):
                 raise ChunkNotFound(key)
     if as_json:

@@ -53,6 +53,7 @@ def status_lines(target: Target, stats: dict[str, Any]) -> list[tuple[str, str]]
             ),
             *eviction_lines(stats["eviction"]),
             *compaction_lines(stats),
+            *sharing_lines(stats["sharing"]),
             ("scrub", scrub_line(stats["scrub"])),
         ]
     lost = stats["lost_found"]
@@ -90,6 +91,17 @@ def compaction_lines(stats: dict[str, Any]) -> list[tuple[str, str]]:
         if each["forced"]
     ]
     return [*lines, ("decoded", f"{of_limit(memory['bytes'], memory['limit'])} of memory")]
+
+
+def sharing_lines(sharing: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return who else uses the store and who evicts; nothing where this daemon is alone."""
+    if sharing is None or (sharing["members"][1:] == [] and sharing["in_office"]):
+        return []
+    janitor = "this daemon" if sharing["in_office"] else sharing["janitor"] or "to be elected"
+    return [
+        ("janitor", f"{janitor}, of {len(sharing['members'])}: {', '.join(sharing['members'])}"),
+        ("trash", f"{render.size(sharing['trash'])}; {sharing['held_elsewhere']:,} chunks held by others"),
+    ]
 
 
 def of_limit(used: int, limit: int) -> str:

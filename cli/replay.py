@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvfs.cli.workloads import Event, Look, Stored
-from kvfs.daemon.policy import POLICIES
 from kvfs.kinds import parse_amount
 from kvfs.rows import Order, Rows
+from kvfs.upkeep.policy import POLICIES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

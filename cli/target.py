@@ -81,7 +81,11 @@ class Target:
         from kvfs.files import OPEN_DIR
         from kvfs.store import Store
 
-        store = Store(self.path, os.open(self.path, OPEN_DIR), "relaxed") if self.mounted else Store.open(self.path)
+        store = (
+            Store(self.path, os.open(self.path, OPEN_DIR), "relaxed")
+            if self.mounted
+            else Store.open(self.path, shared=config.load().is_shared)
+        )
         click.get_current_context().call_on_close(store.close)
         return store
 

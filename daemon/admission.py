@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final
 from kvfs.errors import KvfsError, StoreFull
 
 if TYPE_CHECKING:
-    from kvfs.daemon.evict import Evictor
     from kvfs.daemon.wear import Wear
     from kvfs.identity import PartId
     from kvfs.metrics import Metrics
     from kvfs.store import Temp
+    from kvfs.upkeep.evict import Evictor
     from kvfs.verify import Admitted, Verifier
 
 PROBE: Final = 1.0

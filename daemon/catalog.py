@@ -18,10 +18,7 @@ from kvfs.config import Config
 from kvfs.daemon import coder
 from kvfs.daemon.admission import Admission
 from kvfs.daemon.compact import Compactor, Make, Swept
-from kvfs.daemon.evict import Evictor, Freed
 from kvfs.daemon.figures import figures
-from kvfs.daemon.leases import Leases
-from kvfs.daemon.policy import POLICIES
 from kvfs.daemon.trace import Trace
 from kvfs.daemon.wear import Wear
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
@@ -33,6 +30,11 @@ from kvfs.metrics import Metrics
 from kvfs.names import parse_part_name
 from kvfs.reader import Reader
 from kvfs.store import Store, Temp
+from kvfs.upkeep.bulletin import Bulletin
+from kvfs.upkeep.evict import Evictor, Freed
+from kvfs.upkeep.leases import Leases
+from kvfs.upkeep.member import Member
+from kvfs.upkeep.policy import POLICIES
 from kvfs.verify import Opened, Verifier
 
 __all__ = ["Catalog", "Listener"]
@@ -57,7 +59,8 @@ class Catalog:
     ) -> None:
         self.store, self.config, self.metrics = store, config, metrics
         self.index = Index(store, POLICIES[config.policy])
-        self.leases = Leases(resumed)
+        self.leases, self.bulletin = Leases(resumed), Bulletin()
+        self.member: Member | None = None
         self.verifier = Verifier(store, always=config.verify == "always")
         self.reader = Reader(self.verifier, Area(config.hydrate_limit), self.lost)
         self._verified_path = store.derived / f"verified.{socket.gethostname()}"
@@ -84,6 +87,10 @@ class Catalog:
         metrics.hydrated.set_function(lambda: self.reader.area.used)
         metrics.leases.set_function(lambda: len(self.leases))
         metrics.lost_bytes.set_function(lambda: store.lost.totals()[1])
+
+    def join(self, member: Member) -> None:
+        """Be one of several users of the store: evict only while it is ``member``'s turn."""
+        self.member = self.evictor.office = member
 
     def on_change(self, listener: Listener) -> None:
         """Call ``listener`` after each change, from the thread that made it.  It must be quick and not raise."""
@@ -119,6 +126,8 @@ class Catalog:
         """The presence mask of each key, 0 for absent; NamespaceNotFound."""
         masks = self.index.look(ns, keys)
         misses = masks.count(0)
+        if misses < len(masks):
+            self.bulletin.used(ns, next(key for key, mask in zip(reversed(keys), reversed(masks), strict=True) if mask))
         if self._trace:
             self._trace.looked(ns, keys)
         self.metrics.lookup.labels("hit").inc(len(masks) - misses)
@@ -268,6 +277,7 @@ class Catalog:
             self.admission.end(temp)
         self.metrics.publish.labels("created" if admitted.created else "exists").inc()
         if admitted.created:
+            self.bulletin.changed(ns, key)
             self.metrics.published_bytes.inc(admitted.size)
             if self._trace:
                 self._trace.stored(admitted.meta, admitted.size)
@@ -297,6 +307,7 @@ class Catalog:
 
     def _gone(self, ns: bytes, key: bytes, mask: int, reason: str) -> None:
         manifest = self.store.manifest(ns)
+        self.bulletin.changed(ns, key)
         for part in manifest.parts:
             if mask & manifest.bit(part):
                 self.metrics.removed.labels(reason).inc()
@@ -309,6 +320,8 @@ class Catalog:
     def evict(self, ns: bytes | None, nbytes: int) -> Freed:
         """Remove the least useful chunks, of one namespace or all, until ``nbytes`` are free or none may go."""
         self._writable()
+        if self.member is not None:
+            self.member.require_office()
         return self.evictor.evict(self.index.namespaces() if ns is None else [ns], nbytes, "request")
 
     def sweep(self, ns: bytes | None, idle: float | None, seconds: float) -> Swept:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from kvfs.daemon.catalog import Catalog
-    from kvfs.daemon.evict import Account
+    from kvfs.upkeep.evict import Account
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ class Compactor:
 
     def _next(self) -> tuple[bytes, bytes] | None:
         catalog, after = self._catalog, self._catalog.config.compact_after
-        if after is None or not catalog.leases.settled:
+        if after is None or not catalog.leases.settled or not catalog.evictor.office.epoch:
             return None
         while True:
             while self._queue:

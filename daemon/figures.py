@@ -35,6 +35,7 @@ def figures(catalog: Catalog) -> dict[str, Any]:
         "drops": int(published.get("result=refused", 0)),
         "eviction": eviction(catalog, counted),
         "compaction": compaction(catalog, counted),
+        "sharing": catalog.member.state() if catalog.member else None,
         "quarantined": by_label(counted, "kvfs_quarantined_total"),
         "lost_found": {"entries": lost, "bytes": lost_bytes, "purged": int(counted["kvfs_quarantine_purged_total"])},
         "scrub": {

@@ -9,6 +9,7 @@ from kvfs.config import to_toml
 from kvfs.daemon.catalog import Catalog
 from kvfs.daemon.coder import Coder
 from kvfs.daemon.control import ControlServer
+from kvfs.daemon.neighbours import Neighbours
 from kvfs.daemon.scrub import Scrubber
 from kvfs.daemon.view import View
 from kvfs.daemon.watch import Watcher
@@ -32,7 +33,7 @@ class Service:
     def __init__(self, config: Config, resumed: bool) -> None:
         if config.store is None:
             raise ConfigError("no store is named")
-        self._store = Store.open(config.store, config.durability)
+        self._store = Store.open(config.store, config.durability, config.is_shared)
         self._coder = None if config.read_only else Coder(config.store)  # it forks: there is no thread yet
         self.metrics = Metrics()
         self._config = config
@@ -41,11 +42,13 @@ class Service:
         self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
         self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)
         self._watcher = Watcher(self.catalog)
+        self._neighbours = None if config.read_only else Neighbours(self.catalog, self._watcher)
         self._scrubber = Scrubber(self.catalog, config.scrub_rate)
         self._control: ControlServer | None = None
         self._saved = time.monotonic()
         self._watcher.start()
-        if not config.read_only:
+        if self._neighbours is not None:
+            self._neighbours.start()
             self.catalog.evictor.start()
             self.catalog.compactor.start()
         if config.scrub_rate:
@@ -74,6 +77,8 @@ class Service:
         self._watcher.close()
         self._scrubber.close()
         self.catalog.close()
+        if self._neighbours is not None:
+            self._neighbours.close()
         if self._stop_metrics is not None:
             self._stop_metrics()
         self._store.close()

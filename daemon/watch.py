@@ -26,7 +26,6 @@ from watchdog.observers.inotify import InotifyObserver
 from kvfs.daemon.catalog import Catalog
 from kvfs.errors import KvfsError
 from kvfs.names import is_ns, leaf_name, parse_file_name
-from kvfs.network import is_network
 
 __all__ = ["Watcher"]
 
@@ -80,6 +79,12 @@ class Watcher(FileSystemEventHandler):
             self._wake.notify()
         self._thread.join()
 
+    def list_soon(self) -> None:
+        """List the store now, whatever is known of it."""
+        with self._wake:
+            self._list = True
+            self._wake.notify()
+
     def on_any_event(self, event: FileSystemEvent) -> None:
         """Note a path to look at.  Runs in watchdog's thread."""
         with self._wake:
@@ -93,7 +98,7 @@ class Watcher(FileSystemEventHandler):
             self._wake.notify()
 
     def _run(self) -> None:
-        alone = not self._observe() or is_network(self.catalog.store.path)
+        alone = not self._observe() or self.catalog.store.trash is not None
         try:
             pause = 0.0
             while self._wait(pause):

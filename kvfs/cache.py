@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from kvfs import chunk, device
+from kvfs import chunk, config, device
 from kvfs.client import Client, connect
 from kvfs.errors import ChunkCorrupt, IdentityError, Unsupported
 from kvfs.identity import (
@@ -78,8 +78,9 @@ class TextCache:
         """Use the store at ``path``, a mount point or a folder, for ``model``: a transformers model or a `Manifest`."""
         place = {"mount" if os.path.ismount(path) else "store": path}
         if isinstance(model, Manifest):
-            return cls(connect(**place), model, None, cache_salt)
-        return cls(connect(**place), manifest_of(model), {"name": Path(model.name_or_path).name}, cache_salt)
+            return cls(connect(**place, upkeep=config.load()), model, None, cache_salt)
+        manifest, info = manifest_of(model), {"name": Path(model.name_or_path).name}
+        return cls(connect(**place, upkeep=config.load()), manifest, info, cache_salt)
 
     def lookup(self, tokens: Sequence[int]) -> int:
         """How many tokens of a text `get` would give: at most all but the last, which a model needs to go on."""

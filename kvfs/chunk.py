@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.errors import ChunkCorrupt, IdentityError, StoreFull
+from kvfs.files import from_read_error
 from kvfs.identity import KV_DTYPES, Manifest, PartId
 
 if TYPE_CHECKING:
@@ -285,7 +286,7 @@ def read_header(fd: int, name: str = "?") -> PartHeader:
         if size > len(raw):
             raw += os.pread(fd, size - len(raw), len(raw))
     except OSError as e:
-        raise ChunkCorrupt(name, "unreadable", e.strerror) from e
+        raise from_read_error(e, name) from e
     return parse_header(raw, file_size, name)
 
 
@@ -347,7 +348,7 @@ class PartFile:
                     raise ChunkCorrupt(self.name, "truncated", "the file ends inside its data")
                 at += n
         except OSError as e:
-            raise ChunkCorrupt(self.name, "unreadable", e.strerror) from e
+            raise from_read_error(e, self.name) from e
         return out
 
     def verify(self) -> bytearray:

@@ -88,6 +88,13 @@ class Config:
         ),
     )
     threads: int = field(default=4, metadata=row(whole(1, 64), "Threads that answer requests of the filesystem."))
+    shared: str = field(
+        default="auto",
+        metadata=row(
+            one_of("auto", "yes", "no"),
+            "Whether other hosts use the store too. auto: if it lies on a network filesystem.",
+        ),
+    )
     durability: str = field(
         default="relaxed",
         metadata=row(
@@ -209,6 +216,11 @@ class Config:
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Where each value came from: ``default``, ``FILE:LINE``, ``env KVFS_X``, ``flag --x``; one entry a setting."""
+
+    @property
+    def is_shared(self) -> bool | None:
+        """What `Store.open` takes: None where the filesystem decides."""
+        return {"yes": True, "no": False}.get(self.shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvfs import _native
-from kvfs.errors import KvfsError, StoreFull, StoreReadOnly
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError, StoreFull, StoreReadOnly
 
 __all__ = [
     "DIR_MODE",
@@ -20,6 +20,7 @@ __all__ = [
     "SEALS",
     "beneath",
     "from_os_error",
+    "from_read_error",
     "is_sealed",
     "lock",
     "make_dir",
@@ -56,6 +57,16 @@ def from_os_error(e: OSError, what: Path) -> KvfsError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(what)
     return StoreReadOnly(what, e.strerror or e)
+
+
+def from_read_error(e: OSError, part: str) -> KvfsError:
+    """The kvfs error for a failed read of a part: what a server does not know any more (ESTALE) has been removed, on
+    another host; anything else is damage."""
+    if isinstance(e, KvfsError):
+        return e
+    if e.errno == errno.ESTALE:
+        return ChunkNotFound(part)
+    return ChunkCorrupt(part, "unreadable", e.strerror)
 
 
 def make_dir(name: str, dir_fd: int) -> None:

@@ -198,6 +198,11 @@ class Index:
             self._changed = True
             return True
 
+    def pinned(self) -> list[tuple[bytes, bytes]]:
+        """Namespace and key of every chunk that is pinned."""
+        with self._lock:
+            return [(ns, key) for ns, t in self._tables.items() for key in t.pinned()]
+
     # --- what may go ---
 
     def victim(self, ns: bytes) -> Victim | None:
@@ -205,13 +210,7 @@ class Index:
         t = self._table(ns)
         with self._lock:
             i = t.victim(PATIENCE)
-            return self._victim(t, i) if i else None
-
-    @staticmethod
-    def _victim(t: Table, i: int) -> Victim:
-        key = t.keys[i]
-        assert key is not None  # it is there
-        return Victim(key, t.mask[i], t.size[i], t.stamp[i])
+            return t.as_victim(i) if i else None
 
     def evict(self, ns: bytes, key: bytes) -> bool:
         """Drop a chunk, unless something continues it now or it is pinned; False then, or if it is gone."""
@@ -239,7 +238,7 @@ class Index:
         with self._lock:
             end = min(begin + count, len(t.keys))
             found = [
-                self._victim(t, i)
+                t.as_victim(i)
                 for leaf in range(begin, end)
                 if t.is_known(leaf) and not t.children[leaf]
                 for i in t.idle(leaf, before)

@@ -22,7 +22,7 @@ PINNED, UNKNOWN = 1, 2
 
 
 class Order(Protocol):
-    """The order in which rows go: what a policy (`kvfs.daemon.policy`) hears of and is asked for.
+    """The order in which rows go: what a policy (`kvfs.upkeep.policy`) hears of and is asked for.
 
     It hears only of rows that are known, that is, whose parent is.
     """
@@ -248,6 +248,11 @@ class Rows:
         while row and self.stamp[row] < before and not self.flags[row] & PINNED and self.children[row] == (row != leaf):
             yield row
             row = self.parent[row]
+
+    def pinned(self) -> list[bytes]:
+        """Keys of the chunks that are not to be evicted."""
+        rows = np.nonzero(view(self.flags) & PINNED)[0].tolist()
+        return [key for row in rows if (key := self.keys[row]) is not None and self.mask[row]]
 
     # --- snapshots ---
 

@@ -16,11 +16,11 @@ import secrets
 import shutil
 import socket
 import stat
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from kvfs import files, temps
 from kvfs.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -33,25 +33,18 @@ from kvfs.errors import (
 )
 from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, beneath, from_os_error, lock, make_dir, read_small, write_new
 from kvfs.identity import Manifest, PartId, canonical_json
-from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_file_name, part_name, part_path
+from kvfs.names import is_leaf, is_ns, leaf_name, parse_file_name, part_name, part_path
+from kvfs.network import is_network
 from kvfs.quarantine import Quarantine
+from kvfs.temps import TEMP_GRACE, TEMPS, Temp
+from kvfs.trash import REQUESTS, Trash
 
-__all__ = ["Found", "Store", "Temp"]
+__all__ = ["TEMPS", "TEMP_GRACE", "Found", "Store", "Temp"]
 
 MARKER = "kvfs-store.json"
 FORMAT = "kvfs-store/1"
 MANIFEST = "manifest.json"
-TEMPS = "tmp"
-TEMP_GRACE = 60.0
-"""Seconds after which a temp file nobody wrote to belongs to a dead writer."""
 FILE_MODE = 0o440
-
-
-class Temp(NamedTuple):
-    """A file being written: a descriptor open for reading and writing, and its name in ``<ns>/tmp``."""
-
-    fd: int
-    name: str
 
 
 class Found(NamedTuple):
@@ -64,12 +57,14 @@ class Found(NamedTuple):
 
 
 class Store:
-    """A folder that holds namespaces.  ``durability`` is ``relaxed`` (no fsync) or ``full``."""
+    """A folder that holds namespaces.  ``durability`` is ``relaxed`` (no fsync) or ``full``.  ``trash`` keeps what was
+    removed from a store that several hosts use, for a while; None on a local one."""
 
     def __init__(self, path: Path, root_fd: int, durability: str) -> None:
         self.path, self.durability = path, durability
         self._root = root_fd
         self.lost = Quarantine(root_fd)
+        self.trash: Trash | None = None
         self._dirs: dict[bytes, int] = {}
         self._retired: list[int] = []
         self._manifests: dict[bytes, Manifest] = {}
@@ -97,8 +92,9 @@ class Store:
         return cls.open(p, durability)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], durability: str = "relaxed") -> Self:
-        """Open an existing store; NotAStore if there is none."""
+    def open(cls, path: str | os.PathLike[str], durability: str = "relaxed", shared: bool | None = None) -> Self:
+        """Open an existing store; NotAStore if there is none.  ``shared``: whether other hosts use it too, by default
+        if it lies on a network filesystem."""
         p = Path(path)
         try:
             fd = os.open(p, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -106,6 +102,7 @@ class Store:
                 marker = json.loads(read_small(fd, MARKER))
                 if marker["format"] != FORMAT:
                     raise IdentityError(f"{p} has format {marker['format']}, this version reads {FORMAT}")
+                shared = is_network(p) if shared is None else shared
             except BaseException:
                 os.close(fd)
                 raise
@@ -117,7 +114,9 @@ class Store:
             raise IdentityError(f"{p / MARKER} is damaged ({e}); `kvfs fsck` writes it anew") from None
         except OSError as e:
             raise from_os_error(e, p) from e
-        return cls(p, fd, durability)
+        store = cls(p, fd, durability)
+        store.trash = Trash(fd) if shared else None
+        return store
 
     def close(self) -> None:
         if self._lock_fd >= 0:
@@ -205,16 +204,22 @@ class Store:
             make_dir(manifest.ns_hex, self._root)
             make_dir(TEMPS, self._ns_dir(ns))
             text = json.dumps({"identity": manifest.to_json(), "info": dict(info or {})}, indent=1, sort_keys=True)
-            with beneath(self._ns_dir(ns), TEMPS) as temps:
-                write_new(self._ns_dir(ns), MANIFEST, text.encode(), temps)
+            with beneath(self._ns_dir(ns), TEMPS) as folder:
+                write_new(self._ns_dir(ns), MANIFEST, text.encode(), folder)
         except OSError as e:
             raise from_os_error(e, self.path / manifest.ns_hex[:12]) from e
         self._manifests[ns] = manifest
         return ns
 
     def retire(self, ns: bytes) -> None:
-        """Remove a namespace with all its chunks: it is gone at once, its bytes are freed before this returns."""
+        """Remove a namespace with all its chunks: it is gone at once, and its bytes before this returns, unless they go
+        to the trash."""
         self._ns_dir(ns)
+        if self.trash is not None:
+            if not self.trash.take(ns, self._root, ns.hex()):
+                raise NamespaceNotFound(ns.hex()[:12])
+            self._forget(ns)
+            return
         trash = f".kvfs/retired-{ns.hex()[:12]}-{secrets.token_hex(8)}"
         try:
             os.rename(ns.hex(), trash, src_dir_fd=self._root, dst_dir_fd=self._root)
@@ -266,26 +271,22 @@ class Store:
                 raise ChunkNotFound(f"{key.hex()}.{part}") from None
             reason = "unreadable" if e.errno == errno.EIO else "not-a-file"
             raise ChunkCorrupt(f"{key.hex()}.{part}", reason, e.strerror) from None
-        st = os.fstat(fd)
-        if st.st_nlink > 1:
-            self._finish_publish(ns, st.st_ino)
+        try:
             st = os.fstat(fd)
+            if st.st_nlink > 1:
+                self._finish_publish(ns, st.st_ino)
+                st = os.fstat(fd)
+        except OSError as e:
+            os.close(fd)
+            raise files.from_read_error(e, f"{key.hex()}.{part}") from None
         if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
             os.close(fd)
             raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", f"{st.st_nlink} names, {stat.filemode(st.st_mode)}")
         return fd
 
-    def _temps(self, ns: bytes) -> Iterator[tuple[str, os.stat_result]]:
-        """Every temp file of a namespace with its status."""
-        root, absent = self._ns_dir(ns), contextlib.suppress(FileNotFoundError, NotADirectoryError)
-        with absent, beneath(root, TEMPS) as fd:
-            for name in filter(is_temp, os.listdir(fd)):
-                with contextlib.suppress(FileNotFoundError):
-                    yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
-
     def _finish_publish(self, ns: bytes, ino: int) -> None:
         """Drop the temp name of a part whose publisher is between its link and its unlink, or died there."""
-        for name, st in self._temps(ns):
+        for name, st in temps.listed(self._ns_dir(ns)):
             if st.st_ino == ino:
                 self.discard(ns, name)
 
@@ -318,19 +319,16 @@ class Store:
     def reserve(self, ns: bytes) -> Temp:
         """A new empty temp file.  NamespaceNotFound, StoreFull, StoreReadOnly."""
         self._drop_stale(ns)
-        name = secrets.token_hex(16)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with beneath(self._ns_dir(ns), TEMPS) as temps:
-                return Temp(os.open(name, flags, 0o600, dir_fd=temps), name)
+            return temps.create(self._ns_dir(ns))
         except OSError as e:
             raise from_os_error(e, self.path / ns.hex()[:12]) from e
 
     def open_temp(self, ns: bytes, temp: str) -> int:
         """A fresh read-only descriptor of a temp file, for checking it before `publish`."""
         try:
-            with beneath(self._ns_dir(ns), TEMPS) as temps:
-                return os.open(_temp_name(temp), OPEN_FILE, dir_fd=temps)
+            with beneath(self._ns_dir(ns), TEMPS) as folder:
+                return os.open(temps.checked(temp), OPEN_FILE, dir_fd=folder)
         except FileNotFoundError:
             raise ChunkNotFound(f"temp {temp}") from None
         except OSError as e:
@@ -354,9 +352,9 @@ class Store:
             finally:
                 os.close(fd)
             make_dir(name[:3], root)
-            with beneath(root, TEMPS) as temps, beneath(root, name[:3]) as leaf:
+            with beneath(root, TEMPS) as folder, beneath(root, name[:3]) as leaf:
                 try:
-                    os.link(temp, name, src_dir_fd=temps, dst_dir_fd=leaf, follow_symlinks=False)
+                    os.link(temp, name, src_dir_fd=folder, dst_dir_fd=leaf, follow_symlinks=False)
                 except FileExistsError:
                     created = False
                 if self.durability == "full":
@@ -371,16 +369,26 @@ class Store:
 
     def discard(self, ns: bytes, temp: str) -> None:
         """Remove a temp file; it may be gone already."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), beneath(self._ns_dir(ns), TEMPS) as temps:
-            os.unlink(_temp_name(temp), dir_fd=temps)
+        temps.discard(self._ns_dir(ns), temp)
 
-    def remove(self, ns: bytes, key: bytes, parts: Sequence[PartId], forms: Sequence[bool] = (False, True)) -> None:
-        """Unlink parts of a chunk, in both forms or (coded: True) one; open descriptors and maps go on working."""
+    def remove(
+        self,
+        ns: bytes,
+        key: bytes,
+        parts: Sequence[PartId],
+        forms: Sequence[bool] = (False, True),
+        epoch: int = REQUESTS,
+    ) -> None:
+        """Unlink parts of a chunk, in both forms or (coded: True) one, or put them into the trash for the janitor of
+        ``epoch``: StoreBusy if its time is over.  Open descriptors and maps of them go on working."""
         absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
         with absent, beneath(self._ns_dir(ns), leaf_name(key)) as leaf:
             for part, coded in itertools.product(parts, forms):
                 with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                    os.unlink(part_name(key, part, coded), dir_fd=leaf)
+                    if self.trash is not None:
+                        self.trash.take(ns, leaf, part_name(key, part, coded), epoch)
+                    else:
+                        os.unlink(part_name(key, part, coded), dir_fd=leaf)
 
     def quarantine(self, ns: bytes, key: bytes, part: PartId, reason: str, coded: bool = False) -> bool:
         """Move one form of a part to ``lost+found/`` with its reason; False if another process already took it away."""
@@ -388,13 +396,4 @@ class Store:
 
     def reap_temps(self, ns: bytes, older_than: float = TEMP_GRACE) -> int:
         """Remove temp files not written to for ``older_than`` seconds; returns how many."""
-        for name in (old := [name for name, st in self._temps(ns) if time.time() - st.st_mtime > older_than]):
-            self.discard(ns, name)
-        return len(old)
-
-
-def _temp_name(temp: str) -> str:
-    """The name, if it is one that `Store.reserve` gives out; else ChunkNotFound."""
-    if not is_temp(temp):
-        raise ChunkNotFound(f"temp {temp!r}")
-    return temp
+        return temps.reap(self._ns_dir(ns), older_than)

@@ -76,6 +76,12 @@ class Table(Rows):
         if self.missing(mask):
             self.partial[key] = time.monotonic()
 
+    def as_victim(self, i: int) -> Victim:
+        """What is told of a row that may go."""
+        key = self.keys[i]
+        assert key is not None  # it is there
+        return Victim(key, self.mask[i], self.size[i], self.stamp[i])
+
     def cold(self, level: int, before: float, count: int) -> list[bytes]:
         """Up to ``count`` chunks not used since ``before``, the longest unused first, that would be smaller at the form
         number ``level``: not brought to it yet, or with a raw form beside the coded one."""

@@ -20,6 +20,7 @@ from kvfs.chunk import PartMeta, open_part
 from kvfs.coded import CodedFile, open_coded, open_stored
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, StoreBusy, StoreFull
 from kvfs.identity import PartId
+from kvfs.network import is_network
 from kvfs.store import Store, Temp
 
 __all__ = ["Admitted", "Opened", "Verifier", "read_state"]
@@ -55,7 +56,7 @@ class Verifier:
 
     def __init__(self, store: Store, always: bool = False) -> None:
         self.store = store
-        self._always = always
+        self._always, self._is_network = always, is_network(store.path)
         self._good: dict[int, int] = {}  # the n-th check, in order
         self._checks = itertools.count()
         self._lock = threading.Lock()
@@ -152,7 +153,7 @@ class Verifier:
             self.store.manifest(ns).bit(part)
             fd = self.store.open_temp(ns, temp)
             try:
-                _seal(fd, f"{key.hex()}.{part}")
+                _seal(fd, f"{key.hex()}.{part}", self._is_network)
                 opened = open_coded if coded else open_part
                 with opened(os.dup(fd), self.store.manifest(ns), key, part) as file:
                     before = os.fstat(fd)
@@ -203,14 +204,16 @@ def _fingerprint(st: os.stat_result) -> int:
     return int.from_bytes(hashlib.blake2b(state, digest_size=8).digest(), "little")
 
 
-def _seal(fd: int, name: str) -> None:
+def _seal(fd: int, name: str, is_network: bool) -> None:
     """Make the file read-only, and prove that nobody holds it writable; StoreBusy if somebody does.
 
     The proof is a read lease (``F_SETLEASE``): the kernel refuses it while a writable descriptor or map exists,
     and makes anyone who opens the file for writing wait as long as ``fd`` is open.  Network filesystems
-    have no such leases; there the volume's writers are trusted.
+    have no such leases (NFS refuses one to any file it has no delegation of); there the volume's writers are trusted.
     """
     os.fchmod(fd, 0o440)
+    if is_network:
+        return
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # of a lease being broken; ignored, where SIGIO would kill
     try:
         fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)

@@ -16,6 +16,7 @@ EVERY = {
     "mountpoint": ("/mnt/kv", Path("/mnt/kv")),
     "transport": ("libfuse", "libfuse"),
     "threads": ("7", 7),
+    "shared": ("yes", "yes"),
     "durability": ("full", "full"),
     "verify": ("always", "always"),
     "read_only": ("true", True),

@@ -11,11 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from kvfs.daemon.policy import POLICIES
 from kvfs.identity import PartId
 from kvfs.index import Index
 from kvfs.names import part_path
 from kvfs.store import Store
+from kvfs.upkeep.policy import POLICIES
 from tests.samples import MANIFEST, new_key, new_store, put
 
 NS, PARTS = MANIFEST.ns, MANIFEST.parts
@@ -100,7 +100,7 @@ def test_a_chunk_costs_at_most_300_bytes_of_memory(store: Store, policy: str) ->
 import os, sys
 from kvfs.store import Store
 from kvfs.chunk import PartMeta
-from kvfs.daemon.policy import POLICIES
+from kvfs.upkeep.policy import POLICIES
 from kvfs.index import Index
 from tests.samples import MANIFEST
 rss = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096

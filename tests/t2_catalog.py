@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from kvfs.daemon.catalog import Catalog
-from kvfs.daemon.leases import Leases
 from kvfs.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -21,6 +20,7 @@ from kvfs.errors import (
 )
 from kvfs.identity import PartId
 from kvfs.store import Store
+from kvfs.upkeep.leases import Leases
 from tests.conftest import Logs
 from tests.daemons import catalog_of, damage, file_of, read
 from tests.samples import MANIFEST, new_key, new_store, payload, put
@@ -274,7 +274,7 @@ def test_leases_are_counted_per_chunk() -> None:
 
 
 def test_a_holder_cannot_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs.daemon.leases.MAX_LEASES", 2)
+    monkeypatch.setattr("kvfs.upkeep.leases.MAX_LEASES", 2)
     leases = Leases()
     for n in (1, 2, 2, 1):
         leases.grant("a", n, b"n", [b"x"])
@@ -300,7 +300,7 @@ def test_what_is_being_removed_cannot_be_claimed() -> None:
 
 
 def test_after_a_restart_claims_have_time_to_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvfs.daemon.leases.SETTLE", 0.2)
+    monkeypatch.setattr("kvfs.upkeep.leases.SETTLE", 0.2)
     leases = Leases(resumed=True)
     assert not leases.settled
     with pytest.raises(StoreBusy), leases.removing(b"n", b"x"):

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kvfs import config
-from kvfs.cli import doctor, mounts
+from kvfs.cli import doctor, mounts, nfs
 from kvfs.cli.main import kvfs_command
 from tests import samples
 
@@ -107,3 +107,30 @@ def test_without_rights(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "numbers"), [("6.18.44-fc", (6, 18)), ("0.32.0+cpu", (0, 32)), ("7", (7,))])
 def test_versions(text: str, numbers: tuple[int, ...]) -> None:
     assert doctor.version(text) == numbers
+
+
+TABLE = """\
+1 0 8:1 / / rw - ext4 /dev/sda1 rw
+2 1 0:40 / /srv rw - nfs4 host:/a rw,vers=4.2,hard,lookupcache=pos,proto=tcp
+3 1 0:41 / /srv/b\\040c rw - nfs4 host:/b rw,vers=3,soft,nocto,local_lock=all
+4 1 0:42 / /srvx rw - nfs4 host:/c rw,vers=4.1,hard,noac
+"""
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        ("/srv/kv", []),
+        ("/srvx", []),
+        ("/srv/b c/kv", ["lookupcache=pos", "soft", "nocto", "locks are local", "old version"]),
+    ],
+)
+def test_options_of_nfs(folder: str, words: list[str]) -> None:
+    options = nfs.options_of(Path(folder), TABLE)
+    assert options is not None
+    found = nfs.wrong(options)
+    assert [word in why for word, why in zip(words, found, strict=True)] == [True] * len(words)
+
+
+def test_a_local_disk_has_no_options_of_nfs() -> None:
+    assert nfs.options_of(Path("/var/kv"), TABLE) is None

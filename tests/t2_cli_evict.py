@@ -10,10 +10,10 @@ from click.testing import CliRunner, Result
 from kvfs.chunk import PartMeta
 from kvfs.cli import replay, sim, workloads
 from kvfs.cli.main import kvfs_command
-from kvfs.daemon.policy import POLICIES
 from kvfs.daemon.trace import Trace
 from kvfs.errors import ConfigError, StoreBusy
 from kvfs.store import Store
+from kvfs.upkeep.policy import POLICIES
 from tests.daemons import catalog_of
 from tests.samples import MANIFEST, new_key, new_store, put
 

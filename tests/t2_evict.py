@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 
 from kvfs.config import Amount, Config
-from kvfs.daemon import evict, wear
+from kvfs.daemon import wear
 from kvfs.daemon.catalog import Catalog
-from kvfs.daemon.evict import Evictor
-from kvfs.daemon.leases import Leases
-from kvfs.daemon.policy import POLICIES
 from kvfs.daemon.wear import Wear
 from kvfs.errors import ChunkNotFound, StoreFull
 from kvfs.identity import PartId
 from kvfs.index import Index
 from kvfs.kinds import parse_budgets
 from kvfs.store import Store
+from kvfs.upkeep import evict
+from kvfs.upkeep.evict import Evictor
+from kvfs.upkeep.leases import Leases
+from kvfs.upkeep.policy import POLICIES
 from tests.conftest import Logs
 from tests.daemons import catalog_of, file_of
 from tests.samples import MANIFEST, new_key, new_store, put

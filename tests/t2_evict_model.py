@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from kvfs.config import Config
-from kvfs.daemon.evict import Evictor
-from kvfs.daemon.leases import Leases
-from kvfs.daemon.policy import POLICIES
 from kvfs.errors import StoreBusy
 from kvfs.index import Index
+from kvfs.upkeep.evict import Evictor
+from kvfs.upkeep.leases import Leases
+from kvfs.upkeep.policy import POLICIES
 from tests.daemons import meta
 from tests.samples import new_key, new_store, put
 from tests.small import CHUNK, NO_FLOOR, NS, PART, SMALL, budget, names

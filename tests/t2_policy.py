@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvfs.daemon.policy import POLICIES, Gdsf, Lru, S3Fifo
 from kvfs.rows import PINNED, Order, Rows
+from kvfs.upkeep.policy import POLICIES, Gdsf, Lru, S3Fifo
 
 SIZE = 1000
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from kvfs.client import MountClient
-from kvfs.daemon import control, leases
-from kvfs.daemon.leases import Leases
+from kvfs.daemon import control
 from kvfs.errors import IdentityError, KvfsError, ProtocolError, StoreFull
 from kvfs.protocol import MAX_FRAME, VERBS
+from kvfs.upkeep import leases
+from kvfs.upkeep.leases import Leases
 from tests.daemons import Daemon, put
 from tests.mounted import until
 from tests.samples import MANIFEST, new_key, new_store

@@ -14,6 +14,7 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1 import base
 from vllm.version import __version_tuple__ as vllm_version
 
+from kvfs import config
 from kvfs.client import connect
 from kvfs.errors import ConfigError, Unsupported
 from kvfs.identity import Manifest
@@ -75,7 +76,9 @@ class KvfsConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         check_vllm(vllm_version, transfer)
         self.settings = Settings.parse(transfer.kv_connector_extra_config)
         self.counts = Counts()
-        self.client = connect(mount=self.settings.mount, store=self.settings.store)
+        self.client = connect(
+            mount=self.settings.mount, store=self.settings.store, upkeep=config.load() if self.settings.store else None
+        )
         self._logged: dict[str, float] = {}
         self._greeting = Greeting(None, "its KV cache was never registered")
         self._lost: set[str] = set()

@@ -13,15 +13,16 @@ import kvfs
 from kvfs.client.claims import Lease, LeasedPart, Reservation
 from kvfs.client.fork import restart_in_child
 from kvfs.client.lane import Lane
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError
+from kvfs.config import Config
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError, StoreFull
 from kvfs.explain import Known, explain
 from kvfs.hydrate import Area
 from kvfs.identity import Manifest, PartId
 from kvfs.names import leaf_name, part_path
-from kvfs.network import is_network
 from kvfs.protocol import Deadline
 from kvfs.reader import Reader
 from kvfs.store import Store, Temp
+from kvfs.upkeep.steward import Steward
 from kvfs.verify import Verifier
 
 __all__ = ["StoreClient"]
@@ -40,12 +41,17 @@ class StoreClient:
 
     Whatever touches the disk runs in a thread of the client's own, readers' and writers' calls apart, so that a
     hanging filesystem costs its callers no more than their deadline.  What has been verified is known to this
-    process only.  Nobody evicts, so a lease is just open files.
+    process only.
+
+    With ``upkeep`` the client takes part in keeping the store within the budget set there: it tells others what it
+    has leased, and evicts for all if it is elected to.  Without, a lease is just open files.
     """
 
-    def __init__(self, path: str | os.PathLike[str], durability: str = "relaxed") -> None:
+    def __init__(self, path: str | os.PathLike[str], durability: str = "relaxed", upkeep: Config | None = None) -> None:
         self.path = Path(path)
         self._durability = durability
+        self._upkeep = upkeep
+        self._steward: Steward | None = None
         self._reads, self._writes = Lane(path), Lane(path)
         self._reader: Reader | None = None
         self._listed: dict[tuple[bytes, str], float] = {}
@@ -62,11 +68,13 @@ class StoreClient:
         self._opening = threading.Lock()
         if self._reader is not None:
             self._forget(self._reader)
-            self._reader = None
+            self._reader = self._steward = None
 
     def close(self) -> None:
         """End the threads and close the store; leases stay readable."""
         idle = [lane.close() for lane in (self._reads, self._writes)]
+        if self._steward is not None:
+            idle.append(self._steward.close())
         if all(idle) and self._reader is not None:
             self._forget(self._reader)
             self._reader = None
@@ -86,10 +94,14 @@ class StoreClient:
         """The store, opened by whichever lane needs it first."""
         with self._opening:
             if self._reader is None:
-                verifier = Verifier(Store.open(self.path, self._durability))
+                shared = self._upkeep.is_shared if self._upkeep else None
+                verifier = Verifier(Store.open(self.path, self._durability, shared))
                 self._reader = Reader(verifier, Area(MAX_DECODED), self._lost)
                 if self.network is None:
-                    self.network = is_network(self.path)
+                    self.network = verifier.store.trash is not None
+                if self._upkeep is not None:
+                    self._steward = Steward(verifier, self._upkeep)
+                    self._steward.start()
             return self._reader
 
     # --- reading ---
@@ -102,6 +114,8 @@ class StoreClient:
         budget = Deadline("listing", timeout / 2)
         masks = self._reads.call("lookup", timeout, lambda: self._masks(ns, keys, budget))
         misses = masks.count(0)
+        if self._steward is not None and misses < len(masks):
+            self._steward.used(ns, next(k for k, m in zip(reversed(keys), reversed(masks), strict=True) if m))
         self._counts["hits"] += len(masks) - misses
         self._counts["misses"] += misses
         return masks
@@ -146,14 +160,17 @@ class StoreClient:
     def _lease(self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], coded: bool) -> Lease:
         reader = self._open()
         parts: list[LeasedPart] = []
+        end = self._steward.lease(ns, {key for key, _ in refs}) if self._steward else _nothing
         try:
             for key, part in refs:
                 opened = reader.open(ns, key, part, coded)
                 parts.append(LeasedPart(key, part, opened.fd, opened.verified, opened.form))
         except BaseException:
-            Lease(tuple(parts), _nothing).release()
+            for p in parts:
+                os.close(p.fd)
+            end()
             raise
-        return Lease(tuple(parts), _nothing)
+        return Lease(tuple(parts), end)
 
     def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> bool:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and it is
@@ -196,6 +213,8 @@ class StoreClient:
             os.close(temp.fd)
             self._open().verifier.store.discard(ns, temp.name)
 
+        if self._steward is not None and self._steward.full:
+            raise StoreFull(f"{nbytes} bytes in {self.path} (budget)", "budget")
         temp = self._writes.call("reserve", timeout, lambda: self._open().verifier.reserve(ns, nbytes), undo)
         return Reservation(ns, temp.fd, temp.name, functools.partial(self._discard, ns, temp.name))
 
@@ -216,16 +235,21 @@ class StoreClient:
         except KvfsError:
             self._counts["drops"] += 1
             raise
+        if self._steward is not None and admitted.created:
+            self._steward.published(ns, key, part, admitted)
         self._counts["publishes"] += admitted.created
         return admitted.created
 
     def remove(self, ns: bytes, key: bytes, timeout: float = 5.0) -> bool:
-        """Remove a chunk; False if there was none."""
+        """Remove a chunk; False if there was none.  With upkeep, StoreBusy while it is leased."""
 
         def remove() -> bool:
-            store = self._open().verifier.store
+            store, steward = self._open().verifier.store, self._steward
             [mask] = store.masks(ns, (key,))
-            store.remove(ns, key, store.manifest(ns).parts)
+            with steward.leases.removing(ns, key) if steward else contextlib.nullcontext():
+                store.remove(ns, key, store.manifest(ns).parts)
+            if steward is not None:
+                steward.removed(ns, key)
             return mask != 0
 
         return self._writes.call("remove", timeout, remove)
@@ -275,7 +299,8 @@ class StoreClient:
             "free": space.f_bavail * space.f_frsize,
             "namespaces": namespaces,
             **self._counts,
-            "leases": 0,
+            "leases": len(self._steward.leases) if self._steward else 0,
+            "sharing": self._steward.member.state() if self._steward else None,
             "quarantined": dict(self._quarantined),
             "lost_found": {"entries": lost, "bytes": lost_bytes, "purged": store.lost.purged},
         }

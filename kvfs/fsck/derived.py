@@ -12,7 +12,7 @@ from functools import partial
 from kvfs.errors import StoreBusy
 from kvfs.files import OPEN_FILE, make_dir
 from kvfs.fsck.findings import Finding, Repairs
-from kvfs.fsck.folders import DERIVED, check_folder, check_temp, opened
+from kvfs.fsck.folders import DERIVED, IGNORED, check_folder, check_temp, opened
 from kvfs.index import Index
 from kvfs.names import is_derived, is_temp
 from kvfs.verify import read_state
@@ -106,7 +106,7 @@ class Snapshot:
 def check(repairs: Repairs) -> Iterator[Finding]:
     """Check everything in ``.kvfs`` but locks and the truth of the snapshot."""
     with opened(repairs.root, DERIVED) as (folder, names):
-        for name in names:
+        for name in (each for each in names if not each.startswith(IGNORED)):
             path, remove = f"{DERIVED}/{name}", partial(os.unlink, name, dir_fd=folder)
             st = os.stat(name, dir_fd=folder, follow_symlinks=False)
             if name.startswith(_RETIRED) and stat.S_ISDIR(st.st_mode):

@@ -16,11 +16,12 @@ from kvfs.identity import canonical_json
 from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_file_name
 from kvfs.quarantine import FOLDER
 from kvfs.store import FORMAT, MANIFEST, MARKER, TEMPS
+from kvfs.trash import FOLDER as TRASH
 
 __all__ = ["check_folder", "check_temp", "opened", "read_marker", "walk", "write_marker"]
 
 DERIVED = ".kvfs"
-_IGNORED = ".nfs"
+IGNORED = ".nfs"
 """What such names begin with is a file that an NFS client still holds open after its removal."""
 
 
@@ -47,7 +48,7 @@ def read_marker(repairs: Repairs) -> str | None:
 def _was_store(repairs: Repairs) -> bool:
     """Whether a folder without a marker holds a sound namespace, or nothing that an empty store would not."""
     names = os.listdir(repairs.root)
-    return bool(repairs.store.namespaces()) or (DERIVED in names and set(names) <= {DERIVED, FOLDER})
+    return bool(repairs.store.namespaces()) or (DERIVED in names and set(names) <= {DERIVED, FOLDER, TRASH})
 
 
 def write_marker(repairs: Repairs, wrong: str | None) -> Iterator[Finding]:
@@ -66,13 +67,14 @@ def write_marker(repairs: Repairs, wrong: str | None) -> Iterator[Finding]:
 def walk(repairs: Repairs, parts: Parts) -> Iterator[Finding]:
     """Check everything but ``.kvfs``; each file that may be a part goes through ``parts``."""
     yield from _lost_and_found(repairs)
+    yield from check_folder(repairs, repairs.root, TRASH, needed=False)
     spaces = []
     for name in sorted(os.listdir(repairs.root)):
         if is_ns(name):
             spaces.append(name)
         elif is_temp(name):
             yield from check_temp(repairs, repairs.root, name)
-        elif name not in (MARKER, DERIVED, FOLDER):
+        elif name not in (MARKER, DERIVED, FOLDER, TRASH):
             yield from _stray(parts, repairs.root, name)
     for name in spaces:
         yield from _namespace(repairs, parts, name)
@@ -164,7 +166,7 @@ def _leaf(repairs: Repairs, parts: Parts, folder: int, path: str, ns: bytes) -> 
 
 def _stray(parts: Parts, dir_fd: int, path: str) -> Iterator[Finding]:
     """Something whose name does not belong where it is; perhaps a part all the same."""
-    if not os.path.basename(path).startswith(_IGNORED):
+    if not os.path.basename(path).startswith(IGNORED):
         yield from parts.settle(dir_fd, path, None)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from kvfs.errors import ChunkNotFound, StoreBusy, StoreFull
 
@@ -24,7 +24,8 @@ Chunk = tuple[bytes, bytes]
 class Leases:
     """Claims on chunks, counted per chunk.  Thread-safe.
 
-    ``resumed``: holders of an earlier worker are about to claim again what they hold.
+    ``resumed``: holders of an earlier worker are about to claim again what they hold.  ``others(ns, key)`` names who
+    else of those that use the store holds a chunk, or any of a namespace (None).
     """
 
     def __init__(self, resumed: bool = False) -> None:
@@ -34,6 +35,7 @@ class Leases:
         self._claims: Counter[Hashable] = Counter()  # chunks of each holder's leases
         self._going: set[bytes | Chunk] = set()  # namespaces and chunks being removed: not to be claimed
         self._settled = time.monotonic() + (SETTLE if resumed else 0.0)
+        self.others: Callable[[bytes, bytes | None], str | None] = lambda _ns, _key: None
 
     def grant(self, holder: Hashable, lease: int, ns: bytes, keys: Sequence[bytes]) -> None:
         """Claim chunks for ``holder`` under its number ``lease``, in place of what that number claimed before.
@@ -80,10 +82,18 @@ class Leases:
             if not self._count[chunk]:
                 del self._count[chunk]
 
-    def held(self, ns: bytes, key: bytes) -> int:
-        """How many leases claim a chunk."""
+    def _claims_on(self, ns: bytes, key: bytes | None) -> int:
+        return self._count[ns, key] if key is not None else sum(n for (of, _), n in self._count.items() if of == ns)
+
+    def held(self, ns: bytes, key: bytes | None) -> int:
+        """How many leases claim a chunk, or (None) chunks of a namespace."""
         with self._lock:
-            return self._count[ns, key]
+            return self._claims_on(ns, key)
+
+    def chunks(self) -> list[Chunk]:
+        """All chunks that are claimed."""
+        with self._lock:
+            return list(self._count)
 
     def holds(self, holder: Hashable, ns: bytes, key: bytes) -> bool:
         """Whether one of the holder's leases claims the chunk."""
@@ -98,11 +108,10 @@ class Leases:
         """
         target: bytes | Chunk = ns if key is None else (ns, key)
         what = f"namespace {ns.hex()[:12]}" if key is None else f"chunk {key.hex()[:12]}"
+        if (other := self.others(ns, key)) is not None:
+            raise StoreBusy(what, other)
         with self._lock:
-            claims = (
-                self._count[ns, key] if key is not None else sum(n for (of, _), n in self._count.items() if of == ns)
-            )
-            if claims:
+            if claims := self._claims_on(ns, key):
                 raise StoreBusy(what, f"{claims} leases")
             if not self.settled:
                 raise StoreBusy(what, "readers of before the restart, perhaps")

@@ -1,7 +1,7 @@
 """Keeps a store within its budgets: what is used, what may be written, what goes.
 
 It needs no more than a store, its index, something that knows what is held, and settings, so that it also runs without
-a daemon. Removal is unlinking: open files and maps of a chunk go on.
+a daemon. Where several share a store, only the one that is in office acts. Open files and maps of a chunk go on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ BEGIN, END = 1.25, 1.5
 
 
 class Leases(Protocol):
-    """What knows who holds which chunks: `kvfs.daemon.leases.Leases`, or what another host says of its own."""
+    """What knows who holds which chunks: `kvfs.upkeep.leases.Leases`."""
 
     @property
     def settled(self) -> bool:
@@ -56,6 +56,25 @@ class Leases(Protocol):
 
     def removing(self, ns: bytes, key: bytes) -> contextlib.AbstractContextManager[None]:
         """Keep a chunk from being claimed while it is removed; StoreBusy if it is."""
+
+
+class Office(Protocol):
+    """Whose turn it is to evict: `kvfs.upkeep.member.Member`, or `Alone`."""
+
+    @property
+    def epoch(self) -> int:
+        """The number under which this process may evict, now; 0: another's turn."""
+
+    @property
+    def trash(self) -> int:
+        """Bytes that have been removed and are not free yet."""
+
+
+class Alone(NamedTuple):
+    """The only user of a store."""
+
+    epoch: int = 1
+    trash: int = 0
 
 
 class Account(NamedTuple):
@@ -91,6 +110,7 @@ class Evictor:
         on_lost: Callable[[bytes, bytes, PartId, ChunkNotFound | ChunkCorrupt, bool], None],
     ) -> None:
         self.store, self.index, self.leases, self.config = store, index, leases, config
+        self.office: Office = Alone()
         self._on_evicted, self._on_lost = on_evicted, on_lost
         self._verifier = Verifier(store)
         self.relief: Callable[[Account, int], bool] = lambda _account, _used: False
@@ -158,6 +178,10 @@ class Evictor:
         """Bytes of the chunks that count towards a budget."""
         return sum(self.index.totals(ns)[1] for ns in account.namespaces)
 
+    def _going(self, account: Account) -> int:
+        """Bytes in the trash; those of a single namespace are not told apart."""
+        return self.office.trash if account is self.accounts[-1] else 0
+
     def floor(self) -> int:
         """Bytes to keep free."""
         return self.config.min_free.of(self.total)
@@ -172,7 +196,7 @@ class Evictor:
         self.measure()
         for account in self.accounts:
             if ns in account.namespaces:
-                used = self.used(account) + pending + nbytes
+                used = self.used(account) + self._going(account) + pending + nbytes
                 if used > account.limit * self.config.high_watermark:
                     self.wake()
                 if used > account.limit:
@@ -186,18 +210,20 @@ class Evictor:
 
     def tick(self) -> None:
         """Bring every budget back into balance, and see to what is incomplete, too old, or not known well enough."""
-        if not self.leases.settled:
+        if not self.leases.settled or not self.office.epoch:
             return
         self.measure()
         for account in self.accounts:
             used = self.used(account)
-            if used > account.limit * self.config.high_watermark and not self.relief(account, used):
+            too_much = used + self._going(account) > account.limit * self.config.high_watermark
+            if too_much and not self.relief(account, used):
                 self.evict(account.namespaces, used - int(account.limit * self.config.low_watermark), account.name)
         pressed, self._pressed = self._pressed, False
         wanted = int(self.index.totals()[1] * PRESSED) if pressed else 0
         if self.free < self.floor() * BEGIN:
             wanted = max(wanted, int(self.floor() * END) - self.free)
-        if wanted:
+        wanted -= self.office.trash
+        if wanted > 0:
             self.evict(self.index.namespaces(), wanted, "space")
         for ns in self.index.namespaces():
             with contextlib.suppress(NamespaceNotFound):  # retired meanwhile
@@ -211,7 +237,7 @@ class Evictor:
         chunks = freed = busy = 0
         with self._round:
             for ns, victim in self._victims(namespaces):
-                if freed >= goal or busy >= PATIENCE:
+                if freed >= goal or busy >= PATIENCE or not self.office.epoch:
                     break
                 if self._remove(ns, victim, reason):
                     chunks, freed = chunks + 1, freed + victim.size
@@ -244,14 +270,14 @@ class Evictor:
     def _remove(self, ns: bytes, victim: Victim, reason: str) -> bool:
         """Remove a chunk unless somebody holds or continues it."""
         with contextlib.suppress(StoreBusy), self.leases.removing(ns, victim.key):
-            if self.index.evict(ns, victim.key):
-                self._unlink(ns, victim.key, victim.mask, reason)
+            if (epoch := self.office.epoch) and self.index.evict(ns, victim.key):
+                self._unlink(ns, victim.key, victim.mask, reason, epoch)
                 return True
         return False
 
-    def _unlink(self, ns: bytes, key: bytes, mask: int, reason: str) -> None:
+    def _unlink(self, ns: bytes, key: bytes, mask: int, reason: str, epoch: int) -> None:
         manifest = self.store.manifest(ns)
-        self.store.remove(ns, key, [part for part in manifest.parts if mask & manifest.bit(part)])
+        self.store.remove(ns, key, [part for part in manifest.parts if mask & manifest.bit(part)], epoch=epoch)
         self._on_evicted(ns, key, mask, reason)
 
     def _reap(self, ns: bytes) -> None:
@@ -259,12 +285,14 @@ class Evictor:
         manifest, folder = self.store.manifest(ns), self.store.path / ns.hex()
         for key, mask in self.index.partial(ns, PARTIAL):
             with contextlib.suppress(StoreBusy), self.leases.removing(ns, key):
+                if not (epoch := self.office.epoch):
+                    return
                 for part, coded in itertools.product(manifest.parts, (False, True)):
                     if mask & manifest.bit(part):
                         with contextlib.suppress(FileNotFoundError):
                             size = os.lstat(folder / part_path(key, part, coded)).st_size
                             self.index.discard(ns, key, part, size, coded)
-                self._unlink(ns, key, mask, "incomplete")
+                self._unlink(ns, key, mask, "incomplete", epoch)
 
     def _expire(self, ns: bytes) -> None:
         if self.config.ttl is not None:
