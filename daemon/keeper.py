@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvfs.daemon import rendezvous
 from kvfs.daemon.fuse import connection, libfuse
 from kvfs.daemon.handover import Channel, dump_config, dump_error, load_config, load_error, orders, python
 from kvfs.daemon.held import Held
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvfs.config import Config
+    from kvfs.daemon.rendezvous import Door
 
 log = logging.getLogger(__name__)
 
@@ -94,22 +96,26 @@ def serve(config: Config, announce: Callable[[], None]) -> None:
     """
     if config.store is None or config.mountpoint is None:
         raise ConfigError("both store and mountpoint are needed")
-    point = config.mountpoint
     with Store.open(config.store, config.durability) as store:
-        store.lock_daemon(f"the daemon at {point} (pid {os.getpid()})")
-        held = Held.recovered(point)
-        if held is not None:
-            log.warning("%s goes on where a keeper that died has left it", point)
-            _supervise(config, store.path, held, announce)
-            return
-        connection.clear(point)
-        with _hold(point):
-            if _use_kernel(config, point):
-                _supervise(config, store.path, _mount(config, store.path, point), announce)
-            elif config.worker_user is None:
-                libfuse.serve(config, point, options(config), announce)
-            else:
-                raise ConfigError("worker_user: the libfuse transport has no worker; start it as that user instead")
+        store.lock_daemon(f"the daemon at {config.mountpoint} (pid {os.getpid()})")
+        with rendezvous.door(config) as door:
+            _serve(config, store.path, config.mountpoint, door, announce)
+
+
+def _serve(config: Config, store: Path, point: Path, door: Door | None, announce: Callable[[], None]) -> None:
+    held = Held.recovered(point)
+    if held is not None:
+        log.warning("%s goes on where a keeper that died has left it", point)
+        _supervise(config, store, held, door, announce)
+        return
+    connection.clear(point)
+    with _hold(point):
+        if _use_kernel(config, point):
+            _supervise(config, store, _mount(config, store, point), door, announce)
+        elif config.worker_user is None:
+            libfuse.serve(config, point, options(config), announce)
+        else:
+            raise ConfigError("worker_user: the libfuse transport has no worker; start it as that user instead")
 
 
 def options(config: Config) -> list[str]:
@@ -162,8 +168,8 @@ def _mount(config: Config, store: Path, point: Path) -> Held:
     return Held.new(ours, fuse_fd, agreed)
 
 
-def _supervise(config: Config, store: Path, held: Held, announce: Callable[[], None]) -> None:
-    supervisor = Supervisor(config, store, held)
+def _supervise(config: Config, store: Path, held: Held, door: Door | None, announce: Callable[[], None]) -> None:
+    supervisor = Supervisor(config, store, held, door)
     try:
         supervisor.run(announce)
     finally:
@@ -226,7 +232,8 @@ def main() -> int:
     """Become a daemon in the background, and tell the starter when it serves or why it does not."""
     if os.fork():
         os._exit(0)  # the starter waits for this process only
-    starter, rows = orders("mount")
+    starter = Channel.inherited()
+    rows, _ = orders(starter, "mount")
     config = load_config(rows)
     log_to_stderr(config.log_level)
 
