@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 REPOSITORY: Final = Path(__file__).parent.parent
 SYSTEMD: Final = Path("/lib/systemd/systemd")
-CGROUPS: Final = [*map(Path, ("/sys/fs/cgroup", "/sys/fs/cgroup/systemd", "/sys/fs/cgroup/unified"))]
+CGROUPS: Final = next(
+    (path for path in map(Path, ("/sys/fs/cgroup", "/sys/fs/cgroup/unified")) if (path / "cgroup.procs").exists()), None
+)
+"""Where cgroups of version 2 are made, and what all of those in there lie below."""
 
 PLACES: Final = {"kvfs": str(REPOSITORY), "packages": sysconfig.get_path("purelib"), "python": sys.base_prefix}
 """What lies in /opt in there: services see nothing of /home, /root and /tmp, where it may lie out here."""
@@ -35,8 +38,9 @@ needs_systemd = pytest.mark.skipif(
     os.geteuid() != 0
     or not SYSTEMD.exists()
     or shutil.which("systemd-sysusers") is None
-    or not Path("/dev/fuse").exists(),
-    reason="takes root, /dev/fuse and the Debian package systemd",
+    or not Path("/dev/fuse").exists()
+    or CGROUPS is None,
+    reason="takes root, /dev/fuse, cgroups of version 2 and the Debian package systemd",
 )
 
 BOOT: Final = r"""
@@ -49,6 +53,7 @@ mount -t overlay overlay -o "lowerdir=/,upperdir=$WORK/host/upper,workdir=$WORK/
 cd host/root
 mount -t proc proc proc
 for folder in sys dev; do mount --rbind /$folder $folder; done
+mount -t cgroup2 cgroup2 sys/fs/cgroup
 mount -t tmpfs tmpfs run
 mkdir -p units etc/systemd etc/kvfs var/lib/kvfs
 for place in kvfs packages python; do
@@ -114,14 +119,13 @@ class Host:
 def booted(work: Path) -> Iterator[Host]:
     """A host with kvfs installed and no service started."""
     (work / "host").mkdir()
-    groups = [path / work.name for path in CGROUPS if (path / "cgroup.procs").exists()]
-    for group in groups:
-        group.mkdir()
-    script = "".join(f"echo $$ >{group}/cgroup.procs; " for group in groups)
+    assert CGROUPS is not None
+    group = CGROUPS / work.parent.parent.name
+    group.mkdir()
     unshare = "exec unshare --fork --pid --mount --cgroup --uts --kill-child sh -c"
     with (work / "console").open("wb") as console:
         outside = subprocess.Popen(
-            ["sh", "-c", f'{script}{unshare} "$0"', BOOT],
+            ["sh", "-c", f'echo $$ >{group}/cgroup.procs; {unshare} "$0"', BOOT],
             env={"PATH": os.environ["PATH"], "WORK": str(work), "PROGRAM": PROGRAM, **PLACES},
             stdin=subprocess.DEVNULL,
             stdout=console,
@@ -139,8 +143,7 @@ def booted(work: Path) -> Iterator[Host]:
     finally:
         outside.kill()
         outside.wait()
-        for group in groups:
-            until(lambda group=group: _removed(group))
+        until(lambda: _removed(group))
 
 
 def _removed(group: Path) -> bool:
