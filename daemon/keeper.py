@@ -24,6 +24,7 @@ from kvfs.daemon.handover import Channel, dump_config, dump_error, load_config, 
 from kvfs.daemon.held import Held
 from kvfs.daemon.logs import log_to_stderr
 from kvfs.daemon.notify import notify
+from kvfs.daemon.remounting import Remounter
 from kvfs.daemon.supervisor import Supervisor
 from kvfs.errors import ConfigError, KvfsError, MountError, StoreBusy
 from kvfs.files import OPEN_DIR, open_own
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-DEFAULT_OPTIONS: Final = ("nosuid", "nodev", "noatime", "default_permissions")
 UMOUNT_WAIT: Final = 15.0
 """Seconds that `umount` waits for the daemon to end."""
 
@@ -113,15 +113,9 @@ def _serve(config: Config, store: Path, point: Path, door: Door | None, announce
         if _use_kernel(config, point):
             _supervise(config, store, _mount(config, store, point), door, announce)
         elif config.worker_user is None:
-            libfuse.serve(config, point, options(config), announce)
+            Remounter(config, point).run(announce)
         else:
             raise ConfigError("worker_user: the libfuse transport has no worker; start it as that user instead")
-
-
-def options(config: Config) -> list[str]:
-    """The options of the mount: the defaults, and those of the configuration, which win."""
-    given = [*config.fuse_options, *(["allow_other"] if config.allow_other else [])]
-    return [*(word for word in DEFAULT_OPTIONS if word not in given), *given]
 
 
 @contextlib.contextmanager
@@ -154,7 +148,7 @@ def _use_kernel(config: Config, point: Path) -> bool:
 
 
 def _mount(config: Config, store: Path, point: Path) -> Held:
-    fuse_fd = connection.mount(point, store, options(config))
+    fuse_fd = connection.mount(point, store, connection.options(config))
     ours = connection.mounted_at(point)
     try:
         agreed = connection.negotiate(fuse_fd)
@@ -169,15 +163,26 @@ def _mount(config: Config, store: Path, point: Path) -> Held:
 
 
 def _supervise(config: Config, store: Path, held: Held, door: Door | None, announce: Callable[[], None]) -> None:
-    supervisor = Supervisor(config, store, held, door)
+    def anew(old: Held) -> Held:
+        log.warning("%s is mounted anew, as this kernel does not repeat what its worker has taken", old.mount.point)
+        _detach(old)
+        new = _mount(config, store, old.mount.point)
+        old.close()  # the last descriptor of its connection: whoever waits for an answer gets an error
+        return new
+
+    supervisor = Supervisor(config, store, held, door, anew)
     try:
         supervisor.run(announce)
     finally:
         notify(STOPPING=1)
-        if connection.mounted_at(held.mount.point) == held.mount:
-            _take_away(held.mount.point)
+        _detach(supervisor.held)
         supervisor.stop()
-        held.close()
+        supervisor.held.close()
+
+
+def _detach(held: Held) -> None:
+    if connection.mounted_at(held.mount.point) == held.mount:
+        _take_away(held.mount.point)
 
 
 def _take_away(point: Path) -> None:

@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 class Service:
     """Catalog, view, watcher, control socket, metrics page and snapshots of one store.
 
-    ``resumed``: it takes the place of one that died, whose clients are about to connect again.
+    ``resumed``: it takes the place of one that died, whose clients are about to connect again; ``bound``: on the same
+    mount, where the control socket is already.
     """
 
-    def __init__(self, config: Config, resumed: bool) -> None:
+    def __init__(self, config: Config, resumed: bool, bound: bool = False) -> None:
         if config.store is None:
             raise ConfigError("no store is named")
         self._coder = None if config.read_only else Coder(config.store)  # first: it forks, and there is no thread yet
@@ -39,7 +40,7 @@ class Service:
         self._store = Store.open(config.store, config.durability)
         make = None if self._coder is None else self._coder.make
         self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
-        self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)
+        self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=bound)
         self._watcher = Watcher(self.catalog)
         self._scrubber = Scrubber(self.catalog, config.scrub_rate)
         self._control: ControlServer | None = None

@@ -18,8 +18,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Self
 
+from kvfs.daemon.backoff import Backoff
 from kvfs.daemon.bind import bind
 from kvfs.daemon.fuse import connection
+from kvfs.daemon.fuse.abi import Init
 from kvfs.daemon.fuse.passthrough import Lender
 from kvfs.daemon.handover import ONE_THREAD, Channel, dump_config, load_error, python
 from kvfs.daemon.notify import managed, notify
@@ -42,10 +44,6 @@ PING_LIMIT: Final = 10.0
 
 STOP_LIMIT: Final = 10.0
 """Seconds that a worker may take to save its state."""
-
-YOUNG: Final = 60.0
-BACKOFF: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 5.0)
-"""Seconds before the next start, by how many workers in a row died younger than `YOUNG`; after the last, give up."""
 
 TICK: Final = 1.0
 MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
@@ -76,9 +74,16 @@ class Worker:
         return cls(ours, os.pidfd_open(child.pid), child)
 
     def order(self, config: Config, lender: Lender, held: Held, resumed: bool) -> None:
-        """Hand it what it serves, and lend files to the kernel for it from now on."""
+        """Hand it what it serves, and lend files to the kernel for it from now on. ``resumed``: clients of an earlier
+        worker are about to connect again."""
         lending, borrowing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        order = {"config": dump_config(config), "agreed": int(held.agreed), "resumed": resumed, "managed": managed()}
+        order = {
+            "config": dump_config(config),
+            "agreed": int(held.agreed),
+            "resumed": resumed,
+            "bound": held.listener is not None,
+            "managed": managed(),
+        }
         self.channel.send("serve", order, [held.fuse_fd, held.table_fd, borrowing.fileno()])
         borrowing.close()
         threading.Thread(target=lender.serve, args=(lending,), name="lender", daemon=True).start()
@@ -103,20 +108,30 @@ class Worker:
 
 
 class Supervisor:
-    """Keeps a mount served, by workers that come through ``door`` if there is one, else by children."""
+    """Keeps a mount served, by workers that come through ``door`` if there is one, else by children.
 
-    def __init__(self, config: Config, store: Path, held: Held, door: Door | None) -> None:
-        self._config, self._held, self._door = config, held, door
+    A kernel that sends nothing again (before Linux 6.9) leaves callers of a dead worker waiting: ``anew`` then ends the
+    mount, with errors for them, and makes another.
+    """
+
+    def __init__(
+        self, config: Config, store: Path, held: Held, door: Door | None, anew: Callable[[Held], Held]
+    ) -> None:
+        self._config, self._store, self._door, self._anew = config, store, door, anew
         self._point = held.mount.point
+        self._serve(held)
         self._resumes = held.listener is not None
-        self._lender = Lender(held.fuse_fd, store)
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._worker: Worker | None = None
         self._next_start = time.monotonic()
-        self._early_deaths = 0
+        self._backoff = Backoff()
         self._announced = self._ended = False
         self._error: Exception | None = None
+
+    def _serve(self, held: Held) -> None:
+        self.held = held
+        self._lender = Lender(held.fuse_fd, self._store)
 
     def run(self, announce: Callable[[], None]) -> None:
         """Serve until the mount is taken away or SIGTERM or SIGINT comes; SIGHUP lets a fresh worker take over.
@@ -163,7 +178,7 @@ class Supervisor:
     def _on_mounts(self) -> None:
         """The mount table has changed. The socket keeps the connection alive without a mount, so this is how to see
         that the mount was taken away."""
-        if self._held.mount not in connection.mounts():
+        if self.held.mount not in connection.mounts():
             self._end("it was unmounted")
 
     def _end(self, reason: str, error: Exception | None = None) -> None:
@@ -176,12 +191,12 @@ class Supervisor:
         worker = Worker.child(self._config) if self._door is None else self._admit(self._door)
         if worker is None:
             return
-        worker.order(self._config, self._lender, self._held, self._resumes or self._announced)
+        worker.order(self._config, self._lender, self.held, self._resumes or self._announced)
         self._worker = worker
         self._watch(worker.channel.fileno(), self._on_message)
         self._watch(worker.pidfd, self._on_exit)
-        if self._held.listener is not None:
-            worker.channel.send("listen", None, [self._held.listener.fileno()])
+        if self.held.listener is not None:
+            worker.channel.send("listen", None, [self.held.listener.fileno()])
 
     def _admit(self, door: Door) -> Worker | None:
         """The worker that waits at the door; None if there is none yet, which this loop then watches for."""
@@ -216,14 +231,14 @@ class Supervisor:
                 self._end("it was unmounted")
             case "error":
                 self._error = load_error(value)
-            case "answering" if self._held.listener is None:
+            case "answering" if self.held.listener is None:
                 try:
-                    self._held.listener = bind(self._point)
+                    self.held.listener = bind(self._point)
                 except MountError as e:
                     self._end(str(e), e)
                 else:
-                    worker.channel.send("listen", None, [self._held.listener.fileno()])
-                    self._held.leave()
+                    worker.channel.send("listen", None, [self.held.listener.fileno()])
+                    self.held.leave()
             case "reload":
                 self._reload()
             case "serving":
@@ -245,17 +260,18 @@ class Supervisor:
         self._next_start = time.monotonic()
         if self._ended:
             return
+        if self._announced and Init.HAS_RESEND not in self.held.agreed:
+            self._serve(self._anew(self.held))
         if worker.leaves_by is not None:
             log.info("the worker of %s has left; the next one starts", self._point)
             return
         if not self._announced and not self._resumes:
             self._end("its worker could not start", self._error or MountError(self._point, f"worker ended: {how}"))
             return
-        self._early_deaths = self._early_deaths + 1 if time.monotonic() - worker.started < YOUNG else 1
-        if self._early_deaths > len(BACKOFF):
-            self._end("workers die", MountError(self._point, f"{self._early_deaths} workers died in a row: {how}"))
+        delay = self._backoff.died(worker.started)
+        if delay is None:
+            self._end("workers die", MountError(self._point, f"{self._backoff.deaths} workers died in a row: {how}"))
             return
-        delay = BACKOFF[self._early_deaths - 1]
         self._next_start += delay
         log.warning("the worker of %s died (%s); the next one starts in %g s", self._point, how, delay)
         notify(STATUS=f"worker died ({how}), starting the next")

@@ -59,7 +59,7 @@ def run(keeper: Channel) -> int:
 
 def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     """Assemble the parts and run them."""
-    service = Service(config, spec["resumed"])
+    service = Service(config, spec["resumed"], spec["bound"])
     maker = _backing_maker(spec, service.catalog.store.path)
     session = Session(spec["fuse"], service.view, Nodes(spec["table"]), maker, service.metrics, config.threads)
 
@@ -72,7 +72,7 @@ def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     service.catalog.on_change(on_change)
     service.catalog.reader.area.release = lambda source: session.let_go(source[1])
     session.start()
-    if spec["resumed"]:
+    if spec["bound"]:
         session.refresh()
     keeper.send("answering")
     threading.Thread(target=_report_end, args=(session, keeper), name="fuse-end", daemon=True).start()
