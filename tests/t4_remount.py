@@ -1,5 +1,5 @@
-"""A server that dies and takes its mount with it, on old kernels and with libfuse: it is mounted anew, nobody hangs, and
-what was leased stays readable."""
+"""A server that dies and takes its mount with it, on old kernels and with libfuse: the store is mounted anew, nobody
+hangs, and what was leased stays readable."""
 
 from __future__ import annotations
 
