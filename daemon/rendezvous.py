@@ -8,7 +8,6 @@ ones wait for their turn. The socket must not lie in a folder that containers se
 from __future__ import annotations
 
 import contextlib
-import errno
 import logging
 import math
 import os
@@ -106,18 +105,15 @@ def _process(peer: socket.socket, pid: int) -> int | None:
     """A pidfd of the process at the other end; None if that has ended. Never one that got its number later."""
     try:
         (pidfd,) = FD.unpack(peer.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, FD.size))
-        return int(pidfd)
-    except OSError as e:
-        if e.errno != errno.ENOPROTOOPT:
+    except OSError:  # Linux 6.4 or earlier, or it is no more
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
             return None
-    try:  # Linux 6.4 or earlier
-        pidfd = os.pidfd_open(pid)
-    except OSError:
-        return None
     if select.select([peer], [], [], 0)[0]:  # it says nothing before it has its orders: this is its end
         os.close(pidfd)
         return None
-    return pidfd
+    return int(pidfd)
 
 
 def meet(path: Path) -> Channel:
