@@ -62,9 +62,8 @@ class Channel:
         return cls(ours), cls(theirs)
 
     @classmethod
-    def inherited(cls) -> Self:
-        """The end that a parent passed on by the command `python`."""
-        fd = int(sys.argv[3])
+    def inherited(cls, fd: int) -> Self:
+        """The end that a parent passed on."""
         os.set_inheritable(fd, False)
         return cls(socket.socket(fileno=fd))
 
