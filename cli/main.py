@@ -27,6 +27,7 @@ for command in (
     mount.mount,
     mount.umount,
     mount.reload,
+    mount.worker,
     inspect.status,
     inspect.ls,
     inspect.show,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +152,23 @@ def reload(mountpoint: Path | None) -> None:
 
     with MountClient(_named(mountpoint)) as client:
         client.reload()
+
+
+@click.command(short_help="Serve a mount as a service of its own.")
+@click.argument("socket", type=click.Path(path_type=Path))
+def worker(socket: Path) -> None:
+    """Serve the mount whose keeper waits for a worker at SOCKET (its setting worker_socket), as the user who runs this.
+
+    Everything else comes from the keeper. SIGTERM makes room for the next worker; the keeper says when to stop.
+    """
+    from kvfs.daemon.handover import ONE_THREAD
+    from kvfs.daemon.rendezvous import meet
+
+    keeper = meet(socket)
+    os.environ.update(ONE_THREAD)
+    from kvfs.daemon.worker import run
+
+    sys.exit(run(keeper))
 
 
 def _named(mountpoint: Path | None) -> Path:

@@ -138,11 +138,11 @@ def _serve(path: Path, fd: int) -> None:
         channel = Channel.inherited(fd)
         with Store.open(path) as store:
             while True:
-                word, job, out = channel.receive(None)
-                if word != "make" or out is None:
+                word, job, fds = channel.receive(None)
+                if word != "make":
                     break
                 ns, key, part, form = job
-                _answer(channel, store, bytes.fromhex(ns), bytes.fromhex(key), PartId.parse(part), form, out)
+                _answer(channel, store, bytes.fromhex(ns), bytes.fromhex(key), PartId.parse(part), form, fds[0])
         code = 0
     except Exception:
         log.exception("the process that codes parts of %s failed", path)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 MAX_MESSAGE: Final = 65536
+MAX_FDS: Final = 16
+
+ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}
+"""For the environment of a worker, which multiplies nothing, and gives up its rights before it has a second thread."""
 
 
 def dump_config(config: Config) -> dict[str, list[str]]:
@@ -47,7 +51,7 @@ def load_error(words: list[str]) -> KvfsError:
 
 @dataclass
 class Channel:
-    """Messages, each a word, a JSON value and perhaps a descriptor, between a process and the one it started."""
+    """Messages, each a word, a JSON value and perhaps descriptors, between two processes of a daemon."""
 
     sock: socket.socket
 
@@ -71,21 +75,21 @@ class Channel:
             return False
         return True
 
-    def receive(self, timeout: float | None) -> tuple[str, Any, int | None]:
+    def receive(self, timeout: float | None) -> tuple[str, Any, list[int]]:
         """The next message; the word is ``eof`` when the other side is gone, ``""`` when none came in time."""
         self.sock.settimeout(timeout)
         try:
-            data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, 1)
+            data, fds, _, _ = socket.recv_fds(self.sock, MAX_MESSAGE, MAX_FDS)
         except TimeoutError:
-            return "", None, None
+            return "", None, []
         except OSError:
-            return "eof", None, None
+            return "eof", None, []
         if not data:
-            return "eof", None, None
+            return "eof", None, []
         word, value = json.loads(data)
         for fd in fds:
             os.set_inheritable(fd, False)
-        return word, value, fds[0] if fds else None
+        return word, value, fds
 
     def fileno(self) -> int:
         """For selectors, and to pass on."""
@@ -104,10 +108,9 @@ def python(module: str, config: Config, channel: Channel) -> list[str]:
     return [sys.executable, "-P", "-m", module, str(config.store), str(config.mountpoint), str(channel.fileno())]
 
 
-def orders(word: str) -> tuple[Channel, Any]:
-    """The channel that `python` passed on, and the value of the first message, which must be ``word``."""
-    channel = Channel.inherited(int(sys.argv[3]))
-    received, value, _ = channel.receive(None)
+def orders(channel: Channel, word: str) -> tuple[Any, list[int]]:
+    """Value and descriptors of the first message, which must be ``word``; without it this process ends."""
+    received, value, fds = channel.receive(None)
     if received != word:
-        sys.exit("this module is started by kvfs itself")
-    return channel, value
+        sys.exit("no orders: the keeper is gone, has sent this process away, or did not start it")
+    return value, fds

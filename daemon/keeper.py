@@ -18,11 +18,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from kvfs.daemon import rendezvous
 from kvfs.daemon.fuse import connection, libfuse
 from kvfs.daemon.handover import Channel, dump_config, dump_error, load_config, load_error, orders, python
 from kvfs.daemon.held import Held
 from kvfs.daemon.logs import log_to_stderr
 from kvfs.daemon.notify import notify
+from kvfs.daemon.remounting import Remounter
 from kvfs.daemon.supervisor import Supervisor
 from kvfs.errors import ConfigError, KvfsError, MountError, StoreBusy
 from kvfs.files import OPEN_DIR, open_own
@@ -32,10 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvfs.config import Config
+    from kvfs.daemon.rendezvous import Door
 
 log = logging.getLogger(__name__)
 
-DEFAULT_OPTIONS: Final = ("nosuid", "nodev", "noatime", "default_permissions")
 UMOUNT_WAIT: Final = 15.0
 """Seconds that `umount` waits for the daemon to end."""
 
@@ -94,28 +96,26 @@ def serve(config: Config, announce: Callable[[], None]) -> None:
     """
     if config.store is None or config.mountpoint is None:
         raise ConfigError("both store and mountpoint are needed")
-    point = config.mountpoint
     with Store.open(config.store, config.durability) as store:
-        store.lock_daemon(f"the daemon at {point} (pid {os.getpid()})")
-        held = Held.recovered(point)
-        if held is not None:
-            log.warning("%s goes on where a keeper that died has left it", point)
-            _supervise(config, store.path, held, announce)
-            return
-        connection.clear(point)
-        with _hold(point):
-            if _use_kernel(config, point):
-                _supervise(config, store.path, _mount(config, store.path, point), announce)
-            elif config.worker_user is None:
-                libfuse.serve(config, point, options(config), announce)
-            else:
-                raise ConfigError("worker_user: the libfuse transport has no worker; start it as that user instead")
+        store.lock_daemon(f"the daemon at {config.mountpoint} (pid {os.getpid()})")
+        with rendezvous.door(config) as door:
+            _serve(config, store.path, config.mountpoint, door, announce)
 
 
-def options(config: Config) -> list[str]:
-    """The options of the mount: the defaults, and those of the configuration, which win."""
-    given = [*config.fuse_options, *(["allow_other"] if config.allow_other else [])]
-    return [*(word for word in DEFAULT_OPTIONS if word not in given), *given]
+def _serve(config: Config, store: Path, point: Path, door: Door | None, announce: Callable[[], None]) -> None:
+    held = Held.recovered(point)
+    if held is not None:
+        log.warning("%s goes on where a keeper that died has left it", point)
+        _supervise(config, store, held, door, announce)
+        return
+    connection.clear(point)
+    with _hold(point):
+        if _use_kernel(config, point):
+            _supervise(config, store, _mount(config, store, point), door, announce)
+        elif config.worker_user is None:
+            Remounter(config, point).run(announce)
+        else:
+            raise ConfigError("worker_user: the libfuse transport has no worker; start it as that user instead")
 
 
 @contextlib.contextmanager
@@ -148,7 +148,7 @@ def _use_kernel(config: Config, point: Path) -> bool:
 
 
 def _mount(config: Config, store: Path, point: Path) -> Held:
-    fuse_fd = connection.mount(point, store, options(config))
+    fuse_fd = connection.mount(point, store, connection.options(config))
     ours = connection.mounted_at(point)
     try:
         agreed = connection.negotiate(fuse_fd)
@@ -162,16 +162,27 @@ def _mount(config: Config, store: Path, point: Path) -> Held:
     return Held.new(ours, fuse_fd, agreed)
 
 
-def _supervise(config: Config, store: Path, held: Held, announce: Callable[[], None]) -> None:
-    supervisor = Supervisor(config, store, held)
+def _supervise(config: Config, store: Path, held: Held, door: Door | None, announce: Callable[[], None]) -> None:
+    def anew(old: Held) -> Held:
+        log.warning("%s is mounted anew, as this kernel does not repeat what its worker has taken", old.mount.point)
+        _detach(old)
+        new = _mount(config, store, old.mount.point)
+        old.close()  # the last descriptor of its connection: whoever waits for an answer gets an error
+        return new
+
+    supervisor = Supervisor(config, store, held, door, anew)
     try:
         supervisor.run(announce)
     finally:
         notify(STOPPING=1)
-        if connection.mounted_at(held.mount.point) == held.mount:
-            _take_away(held.mount.point)
+        _detach(supervisor.held)
         supervisor.stop()
-        held.close()
+        supervisor.held.close()
+
+
+def _detach(held: Held) -> None:
+    if connection.mounted_at(held.mount.point) == held.mount:
+        _take_away(held.mount.point)
 
 
 def _take_away(point: Path) -> None:
@@ -226,7 +237,8 @@ def main() -> int:
     """Become a daemon in the background, and tell the starter when it serves or why it does not."""
     if os.fork():
         os._exit(0)  # the starter waits for this process only
-    starter, rows = orders("mount")
+    starter = Channel.inherited(int(sys.argv[3]))
+    rows, _ = orders(starter, "mount")
     config = load_config(rows)
     log_to_stderr(config.log_level)
 

@@ -1,7 +1,7 @@
 """What the worker gives up before it looks at anything that others wrote: rights that it has no use for.
 
-It is started by the keeper and keeps what its service unit imposes (system calls, devices, address families). The rest
-it does itself: capabilities, and with the setting ``worker_user`` the user, every right to write outside the store
+It keeps what the service unit imposes that it runs in (system calls, devices, address families). The rest it does
+itself: capabilities, and with the setting ``worker_user`` the user, every right to write outside the store
 (Landlock), and TCP. Capabilities and Landlock hold for one thread and those it starts, so there may be no other yet.
 """
 
@@ -96,6 +96,9 @@ def account(user: str) -> pwd.struct_passwd:
 
 def _become(user: str) -> None:
     there = account(user)
+    if os.geteuid() == there.pw_uid:  # a service manager has seen to that
+        _keep_capabilities(frozenset())
+        return
     _drop_bounding(frozenset())
     os.initgroups(there.pw_name, there.pw_gid)
     os.setresgid(there.pw_gid, there.pw_gid, there.pw_gid)
@@ -124,8 +127,9 @@ def _set_capabilities(kept: Collection[int]) -> None:
     low = sum(1 << n for n in kept if n < 32)
     high = sum(1 << n - 32 for n in kept if n >= 32)
     effective, permitted, _, effective_high, permitted_high, _ = CAPSET_DATA.unpack(data)
-    words = (effective & low, permitted & low, 0, effective_high & high, permitted_high & high, 0)
-    _check(_libc.capset(header, CAPSET_DATA.pack(*words)))
+    words = CAPSET_DATA.pack(effective & low, permitted & low, 0, effective_high & high, permitted_high & high, 0)
+    if words != data.raw:  # a service unit may forbid the call, having left nothing to give up
+        _check(_libc.capset(header, words))
 
 
 def _confine(config: Config) -> None:

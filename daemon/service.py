@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 class Service:
     """Catalog, view, watcher, control socket, metrics page and snapshots of one store.
 
-    ``resumed``: it takes the place of one that died, whose clients are about to connect again.
+    ``resumed``: it takes the place of one that died, whose clients are about to connect again; ``bound``: on the same
+    mount, where the control socket is already.
     """
 
-    def __init__(self, config: Config, resumed: bool) -> None:
+    def __init__(self, config: Config, resumed: bool, bound: bool = False) -> None:
         if config.store is None:
             raise ConfigError("no store is named")
         self._store = Store.open(config.store, config.durability, config.is_shared)
@@ -40,7 +41,7 @@ class Service:
         self._stop_metrics = self.metrics.serve(config.metrics_listen) if config.metrics_listen else None
         make = None if self._coder is None else self._coder.make
         self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
-        self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)
+        self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=bound)
         self._watcher = Watcher(self.catalog)
         self._neighbours = None if config.read_only else Neighbours(self.catalog, self._watcher)
         self._scrubber = Scrubber(self.catalog, config.scrub_rate)

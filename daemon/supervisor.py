@@ -6,6 +6,7 @@ kernel belong to the keeper, and what a dead worker left unanswered the next one
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -15,13 +16,15 @@ import subprocess
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Self
 
+from kvfs.daemon.backoff import Backoff
 from kvfs.daemon.bind import bind
 from kvfs.daemon.fuse import connection
+from kvfs.daemon.fuse.abi import Init
 from kvfs.daemon.fuse.passthrough import Lender
-from kvfs.daemon.handover import Channel, dump_config, load_error, python
-from kvfs.daemon.notify import notify
+from kvfs.daemon.handover import ONE_THREAD, Channel, dump_config, load_error, python
+from kvfs.daemon.notify import managed, notify
 from kvfs.errors import MountError
 
 if TYPE_CHECKING:
@@ -29,11 +32,12 @@ if TYPE_CHECKING:
 
     from kvfs.config import Config
     from kvfs.daemon.held import Held
+    from kvfs.daemon.rendezvous import Door
 
 log = logging.getLogger(__name__)
 
 START_LIMIT: Final = 120.0
-"""Seconds that a worker may take to read or list the store."""
+"""Seconds that a worker may take to read or list the store, and before that to come if the keeper does not start it."""
 
 PING_LIMIT: Final = 10.0
 """Seconds without a sign of life after which a worker is replaced."""
@@ -41,63 +45,93 @@ PING_LIMIT: Final = 10.0
 STOP_LIMIT: Final = 10.0
 """Seconds that a worker may take to save its state."""
 
-YOUNG: Final = 60.0
-BACKOFF: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 5.0)
-"""Seconds before the next start, by how many workers in a row died younger than `YOUNG`; after the last, give up."""
-
 TICK: Final = 1.0
-ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}
-"""For the worker, which multiplies nothing, and gives up its rights before it has a second thread."""
-
 MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 
 
 class Worker:
-    """A running worker, and the keeper's end of what connects them."""
+    """A running worker, and the keeper's end of what connects them: a child, or a service that has come by itself."""
 
-    def __init__(self, config: Config, lender: Lender, held: Held, resumed: bool) -> None:
-        self.channel, theirs = Channel.pair()
-        lending, borrowing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fds = {"fuse": held.fuse_fd, "table": held.table_fd, "borrowing": borrowing.fileno()}
-        self.process = subprocess.Popen(
-            python("kvfs.daemon.worker", config, theirs),
-            pass_fds=[*fds.values(), theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            cwd="/",
-            env={**os.environ, **ONE_THREAD},
-        )
-        order = {"config": dump_config(config), "agreed": int(held.agreed), "resumed": resumed, **fds}
-        self.channel.send("serve", order)
-        theirs.close()
-        borrowing.close()
-        threading.Thread(target=lender.serve, args=(lending,), name="lender", daemon=True).start()
-        self.pidfd = os.pidfd_open(self.process.pid)
+    def __init__(self, channel: Channel, pidfd: int, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.channel, self.pidfd, self._child = channel, pidfd, child
         self.started = self.heard = time.monotonic()
         self.serving = False
         self.leaves_by: float | None = None
         """When it has to be gone, if it was told to make room for the next."""
 
-    def close(self) -> None:
-        """Close the keeper's end, once the process has ended."""
+    @classmethod
+    def child(cls, config: Config) -> Self:
+        """Start one."""
+        ours, theirs = Channel.pair()
+        child = subprocess.Popen(
+            python("kvfs.daemon.worker", config, theirs),
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            cwd="/",
+            env={**os.environ, **ONE_THREAD},
+        )
+        theirs.close()
+        return cls(ours, os.pidfd_open(child.pid), child)
+
+    def order(self, config: Config, lender: Lender, held: Held, resumed: bool) -> None:
+        """Hand it what it serves, and lend files to the kernel for it from now on. ``resumed``: clients of an earlier
+        worker are about to connect again."""
+        lending, borrowing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        order = {
+            "config": dump_config(config),
+            "agreed": int(held.agreed),
+            "resumed": resumed,
+            "bound": held.listener is not None,
+            "managed": managed(),
+        }
+        self.channel.send("serve", order, [held.fuse_fd, held.table_fd, borrowing.fileno()])
+        borrowing.close()
+        threading.Thread(target=lender.serve, args=(lending,), name="lender", daemon=True).start()
+
+    def kill(self) -> None:
+        """End it hard, whatever it does."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it has ended, at the latest after ``timeout`` seconds."""
+        return bool(select.select([self.pidfd], [], [], timeout)[0])
+
+    def close(self) -> str:
+        """Close the keeper's end, once the process has ended; how it did, as far as a parent is told."""
         self.channel.close()
         os.close(self.pidfd)
+        if self._child is None:
+            return "it is gone"
+        code = self._child.wait()
+        return f"signal {-code}" if code < 0 else f"status {code}"
 
 
 class Supervisor:
-    """Keeps a mount served."""
+    """Keeps a mount served, by workers that come through ``door`` if there is one, else by children.
 
-    def __init__(self, config: Config, store: Path, held: Held) -> None:
-        self._config, self._held = config, held
+    A kernel that sends nothing again (before Linux 6.9) leaves callers of a dead worker waiting: ``anew`` then ends the
+    mount, with errors for them, and makes another.
+    """
+
+    def __init__(
+        self, config: Config, store: Path, held: Held, door: Door | None, anew: Callable[[Held], Held]
+    ) -> None:
+        self._config, self._store, self._door, self._anew = config, store, door, anew
         self._point = held.mount.point
+        self._serve(held)
         self._resumes = held.listener is not None
-        self._lender = Lender(held.fuse_fd, store)
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._worker: Worker | None = None
-        self._next_start = 0.0
-        self._early_deaths = 0
+        self._next_start = time.monotonic()
+        self._backoff = Backoff()
         self._announced = self._ended = False
         self._error: Exception | None = None
+
+    def _serve(self, held: Held) -> None:
+        self.held = held
+        self._lender = Lender(held.fuse_fd, self._store)
 
     def run(self, announce: Callable[[], None]) -> None:
         """Serve until the mount is taken away or SIGTERM or SIGINT comes; SIGHUP lets a fresh worker take over.
@@ -133,8 +167,9 @@ class Supervisor:
         return wake
 
     def _watch(self, fd: int, callback: Callable[[], object], events: int = select.EPOLLIN) -> None:
-        self._epoll.register(fd, events)
-        self._callbacks[fd] = callback
+        if fd not in self._callbacks:
+            self._epoll.register(fd, events)
+            self._callbacks[fd] = callback
 
     def _unwatch(self, fd: int) -> None:
         if self._callbacks.pop(fd, None) is not None:
@@ -143,7 +178,7 @@ class Supervisor:
     def _on_mounts(self) -> None:
         """The mount table has changed. The socket keeps the connection alive without a mount, so this is how to see
         that the mount was taken away."""
-        if self._held.mount not in connection.mounts():
+        if self.held.mount not in connection.mounts():
             self._end("it was unmounted")
 
     def _end(self, reason: str, error: Exception | None = None) -> None:
@@ -153,12 +188,27 @@ class Supervisor:
     # --- a worker's life ---
 
     def _start(self) -> None:
-        worker = Worker(self._config, self._lender, self._held, self._resumes or self._announced)
+        worker = Worker.child(self._config) if self._door is None else self._admit(self._door)
+        if worker is None:
+            return
+        worker.order(self._config, self._lender, self.held, self._resumes or self._announced)
         self._worker = worker
         self._watch(worker.channel.fileno(), self._on_message)
         self._watch(worker.pidfd, self._on_exit)
-        if self._held.listener is not None:
-            worker.channel.send("listen", None, [self._held.listener.fileno()])
+        if self.held.listener is not None:
+            worker.channel.send("listen", None, [self.held.listener.fileno()])
+
+    def _admit(self, door: Door) -> Worker | None:
+        """The worker that waits at the door; None if there is none yet, which this loop then watches for."""
+        found = door.admit()
+        if found is not None:
+            self._unwatch(door.fileno())
+            return Worker(*found)
+        self._watch(door.fileno(), lambda: None)
+        if time.monotonic() > self._next_start + START_LIMIT:
+            reason = f"no worker has come to {self._config.worker_socket}; start its service, or `kvfs worker` there"
+            self._end(reason, MountError(self._point, reason))
+        return None
 
     def _reload(self) -> None:
         """Have the worker save its state and make room for a fresh one, of the version that is installed now."""
@@ -181,14 +231,14 @@ class Supervisor:
                 self._end("it was unmounted")
             case "error":
                 self._error = load_error(value)
-            case "answering" if self._held.listener is None:
+            case "answering" if self.held.listener is None:
                 try:
-                    self._held.listener = bind(self._point)
+                    self.held.listener = bind(self._point)
                 except MountError as e:
                     self._end(str(e), e)
                 else:
-                    worker.channel.send("listen", None, [self._held.listener.fileno()])
-                    self._held.leave()
+                    worker.channel.send("listen", None, [self.held.listener.fileno()])
+                    self.held.leave()
             case "reload":
                 self._reload()
             case "serving":
@@ -205,24 +255,24 @@ class Supervisor:
         while worker.channel.fileno() in self._callbacks:  # its last words
             self._on_message()
         self._worker = None
-        code = worker.process.wait()
         self._unwatch(worker.pidfd)
-        worker.close()
+        how = worker.close()
+        self._next_start = time.monotonic()
         if self._ended:
             return
+        if self._announced and Init.HAS_RESEND not in self.held.agreed:
+            self._serve(self._anew(self.held))
         if worker.leaves_by is not None:
             log.info("the worker of %s has left; the next one starts", self._point)
             return
-        how = f"signal {-code}" if code < 0 else f"status {code}"
-        if not self._announced:
+        if not self._announced and not self._resumes:
             self._end("its worker could not start", self._error or MountError(self._point, f"worker ended: {how}"))
             return
-        self._early_deaths = self._early_deaths + 1 if time.monotonic() - worker.started < YOUNG else 1
-        if self._early_deaths > len(BACKOFF):
-            self._end("workers die", MountError(self._point, f"{self._early_deaths} workers died in a row: {how}"))
+        delay = self._backoff.died(worker.started)
+        if delay is None:
+            self._end("workers die", MountError(self._point, f"{self._backoff.deaths} workers died in a row: {how}"))
             return
-        delay = BACKOFF[self._early_deaths - 1]
-        self._next_start = time.monotonic() + delay
+        self._next_start += delay
         log.warning("the worker of %s died (%s); the next one starts in %g s", self._point, how, delay)
         notify(STATUS=f"worker died ({how}), starting the next")
 
@@ -235,20 +285,18 @@ class Supervisor:
         if silent > (PING_LIMIT if worker.serving else START_LIMIT):
             log.error("the worker of %s has been silent for %.0f s and is killed", self._point, silent)
             worker.heard = time.monotonic()
-            worker.process.kill()
+            worker.kill()
         elif worker.leaves_by is not None and time.monotonic() > worker.leaves_by:
-            worker.process.kill()
+            worker.kill()
 
     def stop(self) -> None:
         """End the worker, which saves its state; the connection stays the caller's."""
         worker = self._worker
         if worker is not None:
             worker.channel.send("stop")
-            try:
-                worker.process.wait(STOP_LIMIT)
-            except subprocess.TimeoutExpired:
+            if not worker.wait(STOP_LIMIT):
                 log.warning("the worker of %s does not stop and is killed", self._point)
-                worker.process.kill()
-                worker.process.wait()
+                worker.kill()
+                worker.wait()
             worker.close()
         self._epoll.close()

@@ -19,7 +19,6 @@ from kvfs.daemon.fuse.passthrough import Borrower, Lender, privileged
 from kvfs.daemon.fuse.session import Session
 from kvfs.daemon.handover import Channel, dump_error, load_config, orders
 from kvfs.daemon.logs import log_to_stderr
-from kvfs.daemon.notify import managed
 from kvfs.daemon.service import Service
 from kvfs.daemon.tree import path_of
 from kvfs.errors import KvfsError, MountError
@@ -37,15 +36,14 @@ STUCK: Final = 30.0
 """Seconds after which a session whose every thread is busy with one request counts as hung."""
 
 
-def main() -> int:
+def run(keeper: Channel) -> int:
     """Serve a mount as the keeper orders, until it says stop, dies, or the mount is gone."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the keeper hears them too, and says when
-    keeper, spec = orders("serve")
+    spec, fds = orders(keeper, "serve")
+    spec |= zip(("fuse", "table", "borrowing"), fds, strict=True)
     config = load_config(spec["config"])
     log_to_stderr(config.log_level)
-    for name in ("fuse", "table", "borrowing"):
-        os.set_inheritable(spec[name], False)
     try:
         sandbox.enter(config)
         serve(config, keeper, spec)
@@ -61,7 +59,7 @@ def main() -> int:
 
 def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     """Assemble the parts and run them."""
-    service = Service(config, spec["resumed"])
+    service = Service(config, spec["resumed"], spec["bound"])
     maker = _backing_maker(spec, service.catalog.store.path)
     session = Session(spec["fuse"], service.view, Nodes(spec["table"]), maker, service.metrics, config.threads)
 
@@ -74,18 +72,19 @@ def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     service.catalog.on_change(on_change)
     service.catalog.reader.area.release = lambda source: session.let_go(source[1])
     session.start()
-    if spec["resumed"]:
+    if spec["bound"]:
         session.refresh()
     keeper.send("answering")
     threading.Thread(target=_report_end, args=(session, keeper), name="fuse-end", daemon=True).start()
     while (word := (message := keeper.receive(PING_EVERY))[0]) not in {"stop", "leave", "eof"}:
-        if word == "listen" and message[2] is not None:
-            service.listen(socket.socket(fileno=message[2]), reload=lambda: keeper.send("reload"))
+        if word == "listen":
+            service.listen(socket.socket(fileno=message[2][0]), reload=lambda: keeper.send("reload"))
+            signal.signal(signal.SIGTERM, lambda *_: keeper.send("reload"))
             keeper.send("serving")
         if not session.stuck(STUCK):
             keeper.send("ping")
         service.tick()
-    if word == "leave" or (word == "eof" and managed()):
+    if word == "leave" or (word == "eof" and spec["managed"]):
         service.save()
         os._exit(0)  # as a crash would: what it has taken and not answered, the next worker is asked again
     if word == "eof" and config.mountpoint is not None:
@@ -110,4 +109,4 @@ def _report_end(session: Session, keeper: Channel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run(Channel.inherited(int(sys.argv[3]))))

@@ -134,6 +134,14 @@ class Config:
             "the daemon is. Transport kernel only.",
         ),
     )
+    worker_socket: Path | None = field(
+        default=None,
+        metadata=row(
+            PATH,
+            "Socket where the daemon waits for a worker that is a service of its own (`kvfs worker`) and runs as "
+            "worker_user; by default it starts the worker itself.",
+        ),
+    )
     budget: Amount = field(
         default=Amount(0, 0.9), metadata=row(AMOUNT, "Bytes that all chunks may take; beyond it nothing is stored.")
     )

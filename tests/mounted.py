@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 needs_mount = pytest.mark.skipif(
     os.geteuid() != 0 or not os.access(connection.DEVICE, os.W_OK), reason="mounting takes root and /dev/fuse"
 )
-PROGRAM = re.compile(r"-m\0kvfs\.daemon\.(keeper|worker)\0")
+PROGRAM = re.compile(r"-m\0kvfs\.daemon\.(keeper|worker|fuse\.libfuse)\0")
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def check_log(store: Path, expected: str = "") -> None:
 
 
 def processes(store: Path) -> dict[str, int]:
-    """The pids of the daemon of a store, by ``keeper`` and ``worker``."""
+    """The pids of the daemon of a store, by ``keeper``, ``worker`` and ``fuse.libfuse``."""
     found = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):

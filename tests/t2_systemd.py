@@ -15,6 +15,7 @@ from kvfs.cli.main import kvfs_command
 
 FOLDER = Path(__file__).parent.parent / "systemd"
 UNIT = FOLDER / "kvfs@.service"
+WORKER_UNIT = FOLDER / "kvfs-worker@.service"
 MOUNT_UNIT = FOLDER / "mnt-kvfs.mount"
 PROGRAM = Path(sys.executable).with_name("kvfs")
 
@@ -46,26 +47,22 @@ def exposure(unit: Path, limit: float) -> subprocess.CompletedProcess[str]:
 
 
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    unit.write_text(UNIT.read_text().replace("/usr/bin/kvfs", str(PROGRAM)))
-    for path in (unit, MOUNT_UNIT):
+    units = [tmp_path / unit.name for unit in (UNIT, WORKER_UNIT)]  # each names the other
+    for unit in units:
+        unit.write_text((FOLDER / unit.name).read_text().replace("/usr/bin/kvfs", str(PROGRAM)))
+    for path in (*units, MOUNT_UNIT):
         done = run("systemd-analyze", "verify", path)
         assert (done.returncode, done.stderr) == (0, ""), path
 
 
 def test_the_keepers_exposure() -> None:
-    assert exposure(UNIT, 5.0).returncode == 0
+    assert exposure(UNIT, 4.0).returncode == 0
     assert exposure(UNIT, 1.0).returncode != 0  # the check can fail
 
 
-def test_the_workers_exposure(tmp_path: Path) -> None:
-    """It inherits the unit and gives up user and capabilities by itself: as a unit of its own it would be this one."""
-    given_up = "CapabilityBoundingSet=\nUser=kvfs"
-    text, changes = re.subn(r"^CapabilityBoundingSet=.*$", given_up, UNIT.read_text(), flags=re.MULTILINE)
-    assert changes == 1
-    unit = tmp_path / "worker@.service"
-    unit.write_text(text)
-    assert exposure(unit, 3.6).returncode == 0
+def test_the_workers_exposure() -> None:
+    assert exposure(WORKER_UNIT, 1.3).returncode == 0
+    assert exposure(WORKER_UNIT, 1.0).returncode != 0
 
 
 def test_the_mount_is_visible_to_the_host() -> None:
@@ -79,10 +76,25 @@ def test_the_unit_restarts_watches_and_keeps() -> None:
     assert (unit["FileDescriptorStoreMax"], unit["RuntimeDirectoryPreserve"]) == (["3"], ["yes"])
     assert unit["WatchdogSec"] == ["30"]
     assert unit["Restart"] == ["on-failure"]
-    for command in (*unit["ExecStart"], *unit["ExecReload"]):
+    for command in (*unit["ExecStart"], *unit["ExecReload"], *directives(WORKER_UNIT)["ExecStart"]):
         program, verb, *_ = command.split()
         assert program == "/usr/bin/kvfs"
         assert verb in kvfs_command.commands
+
+
+def test_the_services_meet() -> None:
+    """Where the keeper waits is where the worker looks, in a folder that the configuration makes and no mount is in."""
+    keeper, worker = directives(UNIT), directives(WORKER_UNIT)
+    (socket,) = re.findall(r"KVFS_WORKER_SOCKET=(\S+)", keeper["Environment"][0])
+    assert worker["ExecStart"][0].split()[-1] == socket
+    assert [worker["User"][0]] == re.findall(r"KVFS_WORKER_USER=(\S+)", keeper["Environment"][0])
+    (mount,) = re.findall(r"KVFS_MOUNTPOINT=(\S+)", keeper["Environment"][0])
+    folder = Path(socket).parent
+    assert f"d {folder} 0750 root {worker['User'][0]} -" in (FOLDER / "tmpfiles.d" / "kvfs.conf").read_text()
+    assert worker["BindReadOnlyPaths"] == [str(folder)]
+    assert not Path(mount).is_relative_to(folder)
+    assert keeper["Wants"] == [WORKER_UNIT.name.replace("@", "@%i")]
+    assert (worker["BindsTo"], worker["Before"]) == ([UNIT.name.replace("@", "@%i")],) * 2
 
 
 def test_every_variable_is_a_setting() -> None:

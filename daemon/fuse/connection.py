@@ -34,6 +34,9 @@ from kvfs.errors import MountError, StoreBusy
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from kvfs.config import Config
+
+DEFAULT_OPTIONS: Final = ("nosuid", "nodev", "noatime", "default_permissions")
 FSTYPE: Final = "fuse.kvfs"
 DEVICE: Final = Path("/dev/fuse")
 
@@ -96,6 +99,12 @@ def real(point: Path) -> Path:
     """The path of a mountpoint without links; asks nothing of what is mounted on it."""
     absolute = Path(os.path.abspath(point))
     return Path(os.path.realpath(absolute.parent)) / absolute.name
+
+
+def options(config: Config) -> list[str]:
+    """The options of the mount: the defaults, and those of the configuration, which win."""
+    given = [*config.fuse_options, *(["allow_other"] if config.allow_other else [])]
+    return [*(word for word in DEFAULT_OPTIONS if word not in given), *given]
 
 
 def mount(point: Path, source: Path, options: Iterable[str]) -> int:

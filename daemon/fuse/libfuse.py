@@ -1,7 +1,7 @@
 """The other transport: libfuse through mfusepy, for kernels without passthrough and mounts without privileges.
 
 One process does all. The tree is the same, read-only except for ``rm``; reads go through this process, so its death
-ends the mount, and engines should map the files they lease rather than those of the mount.
+ends the mount until its keeper has started the next. Engines map the files they lease, and do not notice.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from kvfs.daemon.bind import bind
 from kvfs.daemon.fuse import connection
-from kvfs.daemon.notify import notify
-from kvfs.errors import KvfsError, MountError
+from kvfs.daemon.handover import Channel, dump_error, load_config, orders
+from kvfs.daemon.logs import log_to_stderr
+from kvfs.errors import ConfigError, KvfsError, MountError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Iterable
 
     from kvfs.config import Config
     from kvfs.daemon.view import View
@@ -118,15 +119,32 @@ def _refuse(*_: Any) -> int:
     raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def serve(config: Config, point: Path, options: Sequence[str], announce: Callable[[], None]) -> None:
-    """Mount the store of ``config`` at ``point`` and serve it until it is unmounted or a signal comes.
+def main() -> int:
+    """Mount and serve as the keeper orders (`kvfs.daemon.remounting`) until it is unmounted or a signal comes."""
+    keeper = Channel.inherited(int(sys.argv[3]))
+    spec, _ = orders(keeper, "serve")
+    config = load_config(spec["config"])
+    log_to_stderr(config.log_level)
+    try:
+        serve(config, keeper, spec["resumed"])
+    except KvfsError as e:
+        keeper.send("error", dump_error(e))
+        return e.exit_code
+    return 0
 
-    ``announce`` is called once it answers. Raises MountError.
+
+def serve(config: Config, keeper: Channel, resumed: bool) -> None:
+    """Mount the store of ``config`` and serve it until it is unmounted, a signal comes or the keeper is gone.
+
+    ``resumed``: clients of an earlier process are about to connect again. Raises MountError.
     """
-    from kvfs.daemon.service import Service  # noqa: PLC0415 - heavy; a keeper that does not serve has no use for it
+    from kvfs.daemon.service import Service  # noqa: PLC0415 - heavy; who only asks what is missing has no use for it
 
+    point = config.mountpoint
+    if point is None:
+        raise ConfigError("no mount point is named")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # to libfuse it would mean the end; there is nothing to reload
-    service = Service(config, resumed=False)
+    service = Service(config, resumed)
     stop = threading.Event()
     failed: list[KvfsError] = []
 
@@ -135,11 +153,9 @@ def serve(config: Config, point: Path, options: Sequence[str], announce: Callabl
         try:
             with bind(point) as listener:
                 service.listen(listener)
-                announce()
-                notify(READY=1, STATUS=f"serving {point} through libfuse")
+                keeper.send("serving")
                 ours = connection.mounted_at(point)
-                while not stop.wait(TICK) and ours in connection.mounts():
-                    notify(WATCHDOG=1)
+                while not stop.wait(TICK) and ours in connection.mounts() and keeper.send("ping"):
                     service.tick()
                 service.close()
         except KvfsError as e:
@@ -148,7 +164,7 @@ def serve(config: Config, point: Path, options: Sequence[str], announce: Callabl
             os.kill(os.getpid(), signal.SIGTERM)
 
     attending = threading.Thread(target=attend, name="kvfs-service")
-    words = dict(word.partition("=")[::2] for word in options)
+    words = dict(word.partition("=")[::2] for word in connection.options(config))
     shown = {"fsname": str(service.catalog.store.path), "subtype": "kvfs", **{k: v or True for k, v in words.items()}}
     try:
         _mfusepy().FUSE(Operations(service.view, attending.start), str(point), foreground=True, **shown)
@@ -156,9 +172,12 @@ def serve(config: Config, point: Path, options: Sequence[str], announce: Callabl
         if attending.ident is None:  # once it serves, an end by a signal is told in this way too
             raise MountError(point, f"libfuse ended with status {e}; its message stands in the log") from None
     finally:
-        notify(STOPPING=1)
         stop.set()
         if attending.ident is not None:
             attending.join()
     if failed:
         raise failed[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
