@@ -20,6 +20,7 @@ import click
 from kvfs import config
 from kvfs.cli import nfs, options, render
 from kvfs.cli.boundary import EXIT_ERROR
+from kvfs.errors import KvfsError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -258,6 +259,29 @@ def store_findings(folder: Path | None) -> Iterator[Finding]:
     yield space(folder)
     yield from filesystem(folder)
     yield from nfs_mount(folder)
+    yield from shared_by(folder)
+
+
+def shared_by(folder: Path) -> Iterator[Finding]:
+    """Look at the tenants of the store, if it has any."""
+    from kvfs.tenants import load, names, read_secret
+
+    found = names(folder)
+    try:
+        tenants = [load(folder, name) for name in found]
+        for name in found:
+            read_secret(folder, name)
+    except KvfsError as error:
+        yield Finding("FAIL", "tenants", str(error), "until then that tenant is not served")
+        return
+    others = [each.name for each in tenants if each.uid]
+    if others and not config.load().allow_other:
+        detail = f"{len(found)}; those of users other than root ({', '.join(others)}) cannot use a mount of root's"
+        yield Finding(
+            "WARN", "tenants", detail, "mount with --allow-other, unless their engines are root in containers"
+        )
+    elif found:
+        yield ok("tenants", f"{len(found)}")
 
 
 @click.command(short_help="Check this host and a store; say how to fix what is missing.")

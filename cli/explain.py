@@ -131,9 +131,9 @@ def answer(target: Target, manifest: Manifest, tokens: list[int], cache_salt: st
     from kvfs.identity import chunk_keys, root_key, salt32
     from kvfs.reach import reach
 
-    root = root_key(manifest.ns, salt32(cache_salt=cache_salt))
-    keys = chunk_keys(root, tokens, manifest.chunk_tokens)
     with target.client() as client:
+        root = root_key(manifest.ns, salt32(client.salts().own, cache_salt))
+        keys = chunk_keys(root, tokens, manifest.chunk_tokens)
         found: dict[str, Any] = client.explain(manifest.ns, keys, manifest)
         found |= {"tokens": len(tokens), "chunk_tokens": manifest.chunk_tokens, "tail": None}
         if found["verdict"] == "unknown-namespace":

@@ -56,9 +56,20 @@ def status_lines(target: Target, stats: dict[str, Any]) -> list[tuple[str, str]]
             *sharing_lines(stats["sharing"]),
             ("scrub", scrub_line(stats["scrub"])),
         ]
+    lines += tenant_lines(stats)
     lost = stats["lost_found"]
     purged = f"; {lost['purged']:,} purged to make room" if lost["purged"] else ""
     lines.append(("lost+found", f"{lost['entries']:,} entries, {render.size(lost['bytes'])}{purged}"))
+    return lines
+
+
+def tenant_lines(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what each tenant uses of what it may; of one that is looked at, its name."""
+    lines = [("tenant", stats["tenant"])] if "tenant" in stats else []
+    for row in stats.get("tenants", []):
+        used = of_limit(row["bytes"], row["limit"]) if "limit" in row else f"{render.size(row['bytes'])}"
+        of = "" if row.get("listens", True) else "; its socket is not served"
+        lines.append((f"tenant {row['name']}", f"{row['chunks']:,} chunks, {used}{of}"))
     return lines
 
 

@@ -8,7 +8,21 @@ import os
 import click
 
 import kvfs
-from kvfs.cli import compact, doctor, evict, explain, fsck, inspect, maintain, mount, quality, quarantine, setup, sim
+from kvfs.cli import (
+    compact,
+    doctor,
+    evict,
+    explain,
+    fsck,
+    inspect,
+    maintain,
+    mount,
+    quality,
+    quarantine,
+    setup,
+    sim,
+    tenant,
+)
 from kvfs.cli.boundary import Group
 
 
@@ -42,6 +56,7 @@ for command in (
     compact.compact,
     evict.pin,
     evict.unpin,
+    tenant.tenant,
     sim.sim,
     doctor.doctor,
     setup.config_group,

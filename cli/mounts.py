@@ -7,6 +7,7 @@ from pathlib import Path
 
 from kvfs.daemon.fuse import connection
 from kvfs.errors import MountError
+from kvfs.tenants import FOLDER, place
 
 
 def filesystem_of(folder: Path) -> str:
@@ -22,18 +23,26 @@ def mounted_stores() -> list[Path]:
     return list(dict.fromkeys(points))
 
 
+def serving(store: Path) -> Path | None:
+    """Return the mount point that shows a store, if one does."""
+    real = os.path.realpath(store)
+    return next((m.point for m in connection.mounts() if (m.fstype, m.source) == (connection.FSTYPE, real)), None)
+
+
 def store_of(mountpoint: Path) -> Path:
-    """Return the folder of the store that is mounted there; MountError if none is."""
-    there = connection.mounted_at(mountpoint)
+    """Return the folder of the store, or of the tenant's, that a mount shows there; MountError if none does."""
+    there, tenant = connection.mounted_at(mountpoint), ""
+    if there is None and mountpoint.parent.name == FOLDER:
+        there, tenant = connection.mounted_at(mountpoint.parent.parent), mountpoint.name
     if there is None:
         raise MountError(mountpoint, "nothing is mounted there any more")
-    return Path(there.source)
+    return place(Path(there.source), tenant) if tenant else Path(there.source)
 
 
 def locate(path: Path) -> tuple[Path, bool]:
-    """Return the absolute path without links, and whether a store is mounted there."""
+    """Return the absolute path without links, and whether a store is mounted there, or a tenant's as part of one."""
     stores = mounted_stores()
     for real in (connection.real(path), Path(os.path.realpath(path))):
-        if real in stores:
+        if real in stores or (real.parent.name == FOLDER and real.parent.parent in stores):
             return real, True
     return real, False

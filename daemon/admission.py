@@ -36,6 +36,11 @@ class Admission:
         with self._lock:
             return sum(self._pending.values())
 
+    @property
+    def files(self) -> int:
+        """Files being written."""
+        return len(self._pending)
+
     def reserve(self, ns: bytes, nbytes: int, key: bytes | None) -> Temp:
         """A temp file for ``nbytes`` of the chunk ``key``; StoreFull with the reason, NamespaceNotFound,
         StoreReadOnly."""

@@ -32,22 +32,26 @@ for flags in ({NEWNS}, {NEWNS | NEWUSER}):
         libc.mount(None, b"/", None, {MS_REC | MS_PRIVATE}, None)
         break
 os.chdir(sys.argv[1])
+*folders, name = sys.argv[3].strip("/").split("/")
+for folder in folders:
+    os.fchdir(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW))
 listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-listener.bind({SOCKET[1:]!r})
+listener.bind(name)
 listener.listen({BACKLOG})
 socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b"bound"], [listener.fileno()])
 """
 """A bound socket keeps the mount busy through which its name was made, so it is made through a private copy of the
 mount; users then see it as busy only while they have files open. The path is relative, as a socket's full path may
-have 107 bytes only."""
+have 107 bytes only, and walked without following links, as it is the worker who says what is there."""
 
 
-def bind(point: Path) -> socket.socket:
-    """Bind the control socket of the mount at ``point`` and listen. Raises MountError if that cannot be done soon."""
+def bind(point: Path, path: str = SOCKET) -> socket.socket:
+    """Bind a control socket at ``path`` in the mount at ``point`` and listen. Raises MountError if that cannot be done
+    soon."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         child = subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", BIND, str(point), str(theirs.fileno())],
+            [sys.executable, "-I", "-S", "-c", BIND, str(point), str(theirs.fileno()), path],
             pass_fds=[theirs.fileno()],
             stderr=subprocess.PIPE,
             text=True,

@@ -6,6 +6,7 @@ that waits for that lock, an engine's lookup too, would wait with it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -24,6 +25,7 @@ from kvfs.errors import ChunkCorrupt, DaemonUnavailable, KvfsError
 from kvfs.files import from_os_error
 from kvfs.identity import PartId
 from kvfs.store import Store
+from kvfs.tenants import place
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,10 +109,10 @@ class Coder:
             _serve(store, theirs.sock.detach())
         theirs.close()
 
-    def make(self, ns: bytes, key: bytes, part: PartId, form: str, out: int) -> Made:
-        """As `make`; DaemonUnavailable if the process has died."""
+    def make(self, ns: bytes, key: bytes, part: PartId, form: str, out: int, tenant: str = "") -> Made:
+        """As `make`, in the store or in that of a tenant; DaemonUnavailable if the process has died."""
         with self._lock:
-            sent = self._channel.send("make", [ns.hex(), key.hex(), str(part), form], [out])
+            sent = self._channel.send("make", [tenant, ns.hex(), key.hex(), str(part), form], [out])
             message = self._channel.receive(None) if sent else None
         if message is not None and message[0] == "error":
             raise load_error(message[1])
@@ -136,13 +138,14 @@ def _serve(path: Path, fd: int) -> None:
         be_idle()
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         channel = Channel.inherited(fd)
-        with Store.open(path) as store:
+        with Store.open(path) as whole:
             while True:
                 word, job, fds = channel.receive(None)
                 if word != "make":
                     break
-                ns, key, part, form = job
-                _answer(channel, store, bytes.fromhex(ns), bytes.fromhex(key), PartId.parse(part), form, fds[0])
+                tenant, ns, key, part, form = job
+                with Store.open(place(path, tenant)) if tenant else contextlib.nullcontext(whole) as store:
+                    _answer(channel, store, bytes.fromhex(ns), bytes.fromhex(key), PartId.parse(part), form, fds[0])
         code = 0
     except Exception:
         log.exception("the process that codes parts of %s failed", path)

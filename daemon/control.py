@@ -1,12 +1,14 @@
 """The control socket: a thread a connection, strict frames, and nothing one peer does that another would feel."""
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import select
 import socket
 import struct
+import termios
 import threading
 import time
 from collections import Counter
@@ -29,11 +31,10 @@ from kvfs.errors import (
 from kvfs.identity import Manifest, PartId
 from kvfs.protocol import MAX_FDS, Channel, Deadline, check_request, error_reply, split_keys
 
-__all__ = ["ControlServer"]
+__all__ = ["ControlServer", "Rules"]
 
 log = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 1024
 MAX_CONNECTIONS_OF_USER = 512
 MAX_RESERVATIONS = 1024
 """Temp files that one connection may have open for writing."""
@@ -46,6 +47,10 @@ FRAME = 5.0
 ACCEPT_PAUSE = 0.1
 SWEEP = 30
 """Seconds, at most, that one request to compact is worked on."""
+MAX_OWING = 64
+"""Connections, at most, with descriptors on their way that were not taken."""
+BRINGING = frozenset({"lease", "reserve"})
+"""Verbs whose answers bring descriptors."""
 
 Fields = dict[str, Any]
 Answer = tuple[Fields, list[int]]
@@ -60,18 +65,39 @@ class Peer(NamedTuple):
     gid: int
 
 
+class Rules(NamedTuple):
+    """What holds for all who connect to one socket: who they are is decided by which socket that is.
+
+    ``admins``: users who may remove chunks, beside the daemon's.  ``connections`` and ``files`` (being written): how
+    many there may be.  ``salts``: secrets for keys, the peer's own and the public one.  ``about``: what `stats` adds.
+    """
+
+    admins: frozenset[int] = frozenset({0})
+    connections: int = 1024
+    files: int = 1 << 20
+    salts: Callable[[], tuple[bytes, bytes]] = lambda: (b"", b"")
+    about: Callable[[], Fields] = dict
+
+
 class ControlServer:
     """Serves a catalog on a listening socket, which stays the caller's.
 
     `start` returns at once; `close` ends all connections, and with them their leases and reservations.
     """
 
-    def __init__(self, catalog: Catalog, listener: socket.socket, reload: Callable[[], object] | None = None) -> None:
-        self.catalog, self._reload = catalog, reload
+    def __init__(
+        self,
+        catalog: Catalog,
+        listener: socket.socket,
+        reload: Callable[[], object] | None = None,
+        rules: Rules = Rules(),  # noqa: B008 - immutable
+    ) -> None:
+        self.catalog, self.rules, self.reload = catalog, rules, reload
         self._listener = listener
         self._lock = threading.Lock()
         self._connections: dict[_Connection, threading.Thread] = {}
         self._users: Counter[int] = Counter()
+        self._owing: set[_Connection] = set()
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._accept, name="kvfs-control", daemon=True)
 
@@ -91,6 +117,16 @@ class ControlServer:
             thread.join(FRAME)
         os.close(self._stop)
 
+    def bring(self, connection: "_Connection") -> None:
+        """A connection is about to be sent descriptors. On their way they count as open ones of the daemon's user:
+        peers that never took theirs could leave none to the peers of other sockets. StoreFull."""
+        with self._lock:
+            if len(self._owing) >= MAX_OWING:
+                self._owing = {each for each in self._owing if each in self._connections and each.owes()}
+                if len(self._owing) >= MAX_OWING:
+                    raise StoreFull(f"more than {MAX_OWING} clients that take no answers", "clients")
+            self._owing.add(connection)
+
     def _accept(self) -> None:
         poller = select.poll()
         poller.register(self._listener, select.POLLIN)
@@ -108,10 +144,10 @@ class ControlServer:
 
     def _serve(self, sock: socket.socket) -> None:
         peer = Peer(*struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)))
-        connection = _Connection(self.catalog, Channel(sock), peer, self._reload)
+        connection = _Connection(self, Channel(sock), peer)
         thread = threading.Thread(target=self._run, args=(connection,), name=f"kvfs-peer-{peer.pid}", daemon=True)
         with self._lock:
-            if len(self._connections) >= MAX_CONNECTIONS or self._users[peer.uid] >= MAX_CONNECTIONS_OF_USER:
+            if len(self._connections) >= self.rules.connections or self._users[peer.uid] >= MAX_CONNECTIONS_OF_USER:
                 log.info("refused a connection of uid %d, pid %d: too many", peer.uid, peer.pid)
                 connection.channel.close()
                 return
@@ -139,9 +175,9 @@ class ControlServer:
 class _Connection:
     """One peer, its leases (which are held in its name) and its reservations."""
 
-    def __init__(self, catalog: Catalog, channel: Channel, peer: Peer, reload: Callable[[], object] | None) -> None:
-        self.catalog, self.channel, self.peer = catalog, channel, peer
-        self._restart = reload
+    def __init__(self, server: ControlServer, channel: Channel, peer: Peer) -> None:
+        self.catalog, self.channel, self.peer = server.catalog, channel, peer
+        self._server = server
         self._reserved: dict[str, bytes] = {}
 
     def run(self) -> None:
@@ -173,7 +209,11 @@ class _Connection:
         seq, verb, fields = check_request(message)
         begun = time.perf_counter()
         fds: list[int] = []
+        if verb in BRINGING and self.owes():
+            raise ProtocolError(f"{verb} before the last answer was taken")
         try:
+            if verb in BRINGING:
+                self._server.bring(self)
             answer, fds = getattr(self, f"_{verb}")(**fields)  # check_request knows the verb and its fields
             reply, result = {"seq": seq, **answer}, "ok"
         except KvfsError as e:
@@ -191,6 +231,13 @@ class _Connection:
                 os.close(fd)
         return result != ProtocolError.__name__
 
+    def owes(self) -> bool:
+        """Whether the peer has yet to take what was sent."""
+        with contextlib.suppress(OSError):  # closed meanwhile
+            fd = self.channel.sock.fileno()
+            return fd >= 0 and fcntl.ioctl(fd, termios.TIOCOUTQ, bytes(4)) != bytes(4)
+        return False
+
     def _send(self, reply: Fields, fds: list[int] | None = None) -> None:
         self.channel.send(reply, Deadline("an answer", FRAME), fds or ())
 
@@ -198,6 +245,10 @@ class _Connection:
 
     def _ping(self) -> Answer:
         return {"version": kvfs.__version__}, []
+
+    def _salts(self) -> Answer:
+        own, public = self._server.rules.salts()
+        return {"own": own, "public": public}, []
 
     def _register(self, manifest: str, info: str) -> Answer:
         return {"ns": self.catalog.register(_manifest(manifest), _object(info))}, []
@@ -235,6 +286,8 @@ class _Connection:
     def _reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Answer:
         if len(self._reserved) >= MAX_RESERVATIONS:
             raise StoreFull(f"more than {MAX_RESERVATIONS} files of one client", "clients")
+        if self.catalog.admission.files >= self._server.rules.files:
+            raise StoreFull(f"more than {self._server.rules.files} files of all clients", "clients")
         temp = self.catalog.reserve(ns, nbytes, key)
         self._reserved[temp.name] = ns
         return {"token": temp.name}, [temp.fd]
@@ -257,7 +310,7 @@ class _Connection:
         return _document(self.catalog.explain(ns, split_keys(keys), asker))
 
     def _stats(self) -> Answer:
-        return _document(self.catalog.stats())
+        return _document(self.catalog.stats() | self._server.rules.about())
 
     def _touch(self, ns: bytes, keys: bytes) -> Answer:
         self.catalog.touch(ns, split_keys(keys))
@@ -303,13 +356,13 @@ class _Connection:
 
     def _reload(self) -> Answer:
         self._administer()
-        if self._restart is None:
-            raise Unsupported("reload without a keeper: unmount, and mount again")
-        self._restart()
+        if self._server.reload is None:
+            raise Unsupported("reload here: of a tenant, or without a keeper; unmount, and mount again")
+        self._server.reload()
         return {}, []
 
     def _administer(self) -> None:
-        if self.peer.uid not in (0, os.geteuid()):
+        if self.peer.uid not in self._server.rules.admins | {os.geteuid()}:
             raise StoreReadOnly(self.catalog.store.path, f"uid {self.peer.uid} may not remove what others use")
 
 

@@ -23,9 +23,10 @@ class Incoming:
     """One file being copied in, until it is published or thrown away."""
 
     def __init__(self, catalog: Catalog, place: Place) -> None:
-        catalog.store.manifest(place.ns).bit(place.part)
+        manifest = catalog.store.manifest(place.ns)
         self._catalog, self.place = catalog, place
-        temp = catalog.store.reserve(place.ns)
+        self._most = chunk.MAX_HEADER + chunk.layout(manifest, place.part, manifest.chunk_tokens).nbytes
+        temp = catalog.reserve(place.ns, self._most, place.key)
         self._fd, self._temp = temp.fd, temp.name
         self._written = False
         self._lock = threading.Lock()
@@ -46,13 +47,17 @@ class Incoming:
         return self._fd
 
     def write(self, data: memoryview, offset: int) -> int:
-        """Write; the error of the disk is the caller's."""
+        """Write; the error of the disk is the caller's. EFBIG beyond what any part of the namespace can be."""
+        if offset + len(data) > self._most:
+            raise refusal(errno.EFBIG)
         with self._lock:
             self._written = True
             return os.pwrite(self._open_fd(), data, offset)
 
     def truncate(self, size: int) -> None:
-        """Cut or extend."""
+        """Cut or extend; otherwise as `write`."""
+        if size > self._most:
+            raise refusal(errno.EFBIG)
         with self._lock:
             self._written = self._written or size > 0
             os.ftruncate(self._open_fd(), size)
@@ -79,4 +84,4 @@ class Incoming:
             if self._fd >= 0:
                 os.close(self._fd)
                 self._fd = -1
-                self._catalog.store.discard(self.place.ns, self._temp)
+                self._catalog.discard(self.place.ns, self._temp)

@@ -25,7 +25,10 @@ from kvfs.daemon.fuse.abi import Init
 from kvfs.daemon.fuse.passthrough import Lender
 from kvfs.daemon.handover import ONE_THREAD, Channel, dump_config, load_error, python
 from kvfs.daemon.notify import managed, notify
+from kvfs.daemon.tree import SOCKET, tenant_path
 from kvfs.errors import MountError
+from kvfs.tenants import MAX_TENANTS
+from kvfs.tenants import is_name as is_tenant
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,6 +85,7 @@ class Worker:
             "agreed": int(held.agreed),
             "resumed": resumed,
             "bound": held.listener is not None,
+            "listening": list(held.tenants),
             "managed": managed(),
         }
         self.channel.send("serve", order, [held.fuse_fd, held.table_fd, borrowing.fileno()])
@@ -197,6 +201,8 @@ class Supervisor:
         self._watch(worker.pidfd, self._on_exit)
         if self.held.listener is not None:
             worker.channel.send("listen", None, [self.held.listener.fileno()])
+        for tenant, listener in self.held.tenants.items():
+            worker.channel.send("listen", tenant, [listener.fileno()])
 
     def _admit(self, door: Door) -> Worker | None:
         """The worker that waits at the door; None if there is none yet, which this loop then watches for."""
@@ -247,6 +253,21 @@ class Supervisor:
                 if not self._announced:
                     self._announced = True
                     self._announce()
+            case "tenant" | "no-tenant":
+                self._on_tenant(worker, word, str(value))
+
+    def _on_tenant(self, worker: Worker, word: str, name: str) -> None:
+        """Bind the socket of a tenant that the worker has found, which asks again should that fail; or let it go."""
+        if word == "no-tenant" or not is_tenant(name) or len(self.held.tenants) >= MAX_TENANTS:
+            self.held.drop(name)
+            return
+        try:
+            listener = bind(self._point, tenant_path(name, SOCKET))
+        except MountError as e:
+            log.warning("tenant %s: %s", name, e)
+        else:
+            self.held.take(name, listener)
+            worker.channel.send("listen", name, [listener.fileno()])
 
     def _on_exit(self) -> None:
         worker = self._worker

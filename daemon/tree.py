@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kvfs.identity import PartId
 from kvfs.names import is_leaf, is_ns, parse_part_name, part_path
+from kvfs.tenants import FOLDER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 MODELS: Final = "by-model"
 META: Final = ".kvfs"
 SOCKET: Final = f"/{META}/sock"
+TENANTS: Final = f"/{FOLDER}"
+"""Below it lies the tree of each tenant, in which paths begin anew."""
 
 
 class What(enum.Enum):
@@ -81,6 +84,11 @@ def _find_in(ns: bytes, name: str, rest: list[str]) -> Place | None:
 def path_of(ns: bytes, key: bytes, part: PartId) -> str:
     """The path of a part in the mount."""
     return f"/{ns.hex()}/{part_path(key, part)}"
+
+
+def tenant_path(name: str, path: str = "") -> str:
+    """Where the path ``path`` of a tenant's own tree lies in the mount."""
+    return f"{TENANTS}/{name}{path}"
 
 
 def model_name(ns: bytes, info: Mapping[str, Any]) -> str:

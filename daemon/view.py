@@ -66,9 +66,8 @@ class View:
         self._socket_bound = socket_bound
         self.is_remote = is_network(catalog.store.path)
         self.before_slow: Callable[[], None] = lambda: None
-        self._started = time.time_ns()
         self._lock = threading.Lock()
-        self._next_handle = itertools.count(self._started)
+        self._next_handle = itertools.count(time.time_ns())
         self._handles: dict[int, int | bytes | Incoming] = {}
         self._incoming: dict[str, Incoming] = {}
         self._models: dict[bytes, str] = {}
@@ -120,7 +119,7 @@ class View:
                 return attributes(st, stat.S_IFDIR | stat.S_IMODE(st.st_mode))
         return self._made_up(place)
 
-    def unlinked(self, size: int, mtime: int) -> dict[str, int]:
+    def unlinked(self, _path: str, size: int, mtime: int) -> dict[str, int]:
         """Attributes of a part that is open though its name is gone."""
         st = os.lstat(self._catalog.store.path)
         gone = attributes(st, stat.S_IFREG | 0o440, size)
@@ -228,7 +227,7 @@ class View:
     def open(self, path: str, flags: int) -> int:
         """A handle for reading; raises as `open_file`."""
         opened = self.open_file(path, flags)
-        return self.keep(opened.fd if isinstance(opened, Opened) else opened)
+        return self.keep(path, opened.fd if isinstance(opened, Opened) else opened)
 
     def open_file(self, path: str, flags: int) -> Opened | bytes:
         """A part in its raw form, or the content of a file that is made up.
@@ -252,7 +251,7 @@ class View:
                 return self._text(place)
         raise refusal(errno.EISDIR)
 
-    def keep(self, opened: int | bytes | Incoming) -> int:
+    def keep(self, _path: str, opened: int | bytes | Incoming) -> int:
         """A handle for what `open_file` gave, until `release`."""
         fh = next(self._next_handle)
         self._handles[fh] = opened
@@ -289,6 +288,15 @@ class View:
             opened.abandon()
         return 0
 
+    def forget_socket(self) -> None:
+        """The control socket has to be bound anew."""
+        self._socket_bound = False
+
+    def close(self) -> None:
+        """Close all handles."""
+        for fh in list(self._handles):
+            self.release("", fh)
+
     # --- changing ---
 
     def create(self, path: str, _mode: int, _flags: int = 0) -> int:
@@ -302,7 +310,7 @@ class View:
                 incoming.abandon()
                 raise refusal(errno.EEXIST)
             self._incoming[path] = incoming
-        return self.keep(incoming)
+        return self.keep(path, incoming)
 
     def write(self, _path: str, data: bytes | memoryview, offset: int, fh: int) -> int:
         """Write to a part being copied in; EIO if the worker that created it is gone."""

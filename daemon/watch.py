@@ -5,6 +5,7 @@ what other hosts do, so it is only the fast path: a listing of the store, now an
 """
 
 import errno
+import glob
 import logging
 import os
 import threading
@@ -26,6 +27,7 @@ from watchdog.observers.inotify import InotifyObserver
 from kvfs.daemon.catalog import Catalog
 from kvfs.errors import KvfsError
 from kvfs.names import is_ns, leaf_name, parse_file_name
+from kvfs.tenants import FOLDER as TENANTS
 
 __all__ = ["Watcher"]
 
@@ -55,10 +57,14 @@ _EVENTS: list[type[FileSystemEvent]] = [
 
 
 class Watcher(FileSystemEventHandler):
-    """Keeps a catalog's index true to its store, from threads of its own; `start` does not wait for anything."""
+    """Keeps a catalog's index true to its store, from threads of its own; `start` does not wait for anything.
 
-    def __init__(self, catalog: Catalog) -> None:
+    ``follow``: use inotify.  A tenant's store does without: nobody else on this host has any business there.
+    """
+
+    def __init__(self, catalog: Catalog, follow: bool = True) -> None:
         self.catalog = catalog
+        self._follow = follow
         self._root = os.fspath(catalog.store.path)
         self._wake = threading.Condition()  # guards the next three
         self._paths: set[str] = set()
@@ -87,6 +93,8 @@ class Watcher(FileSystemEventHandler):
 
     def on_any_event(self, event: FileSystemEvent) -> None:
         """Note a path to look at.  Runs in watchdog's thread."""
+        if os.fsdecode(event.src_path).startswith(f"{self._root}/{TENANTS}/"):
+            return
         with self._wake:
             if event.is_directory:  # a folder moved away takes its files with it, without a word about them
                 self._list |= is_ns(Path(os.fsdecode(event.src_path)).name)
@@ -98,7 +106,7 @@ class Watcher(FileSystemEventHandler):
             self._wake.notify()
 
     def _run(self) -> None:
-        alone = not self._observe() or self.catalog.store.trash is not None
+        alone = (self._follow and not self._observe()) or self.catalog.store.trash is not None
         try:
             pause = 0.0
             while self._wait(pause):
@@ -130,8 +138,9 @@ class Watcher(FileSystemEventHandler):
     def _fits(self) -> None:
         """OSError if the folders are more than there may be watches: watchdog would leave some out in silence."""
         limit = int(_MAX_WATCHES.read_text())
-        spaces = [name for name in os.listdir(self._root) if is_ns(name)]
-        folders = sum(1 + len(os.listdir(os.path.join(self._root, name))) for name in spaces)
+        stores = [self._root, *glob.glob(f"{glob.escape(self._root)}/{TENANTS}/*")]  # all folders below are watched
+        spaces = [path for store in stores for path in glob.glob(f"{glob.escape(store)}/*/") if is_ns(Path(path).name)]
+        folders = sum(1 + len(os.listdir(path)) for path in spaces)
         if folders > limit:
             raise OSError(errno.ENOSPC, f"{folders} folders, and fs.inotify.max_user_watches is {limit}")
 

@@ -20,14 +20,13 @@ from kvfs.daemon.fuse.session import Session
 from kvfs.daemon.handover import Channel, dump_error, load_config, orders
 from kvfs.daemon.logs import log_to_stderr
 from kvfs.daemon.service import Service
-from kvfs.daemon.tree import path_of
+from kvfs.daemon.tree import tenant_path
 from kvfs.errors import KvfsError, MountError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfs.config import Config
-    from kvfs.identity import PartId
 
 log = logging.getLogger(__name__)
 
@@ -59,18 +58,12 @@ def run(keeper: Channel) -> int:
 
 def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     """Assemble the parts and run them."""
-    service = Service(config, spec["resumed"], spec["bound"])
+    service = Service(config, spec["resumed"], spec["bound"], spec["listening"])
     maker = _backing_maker(spec, service.catalog.store.path)
     session = Session(spec["fuse"], service.view, Nodes(spec["table"]), maker, service.metrics, config.threads)
 
-    def on_change(event: str, ns: bytes, key: bytes | None, part: PartId | None) -> None:
-        if event in {"removed", "changed"} and key is not None and part is not None:
-            session.gone([path_of(ns, key, part)])
-        elif event == "retired":
-            session.gone([f"/{ns.hex()}"])
-
-    service.catalog.on_change(on_change)
-    service.catalog.reader.area.release = lambda source: session.let_go(source[1])
+    service.on_gone = lambda path: session.gone([path])
+    service.let_go = session.let_go
     session.start()
     if spec["bound"]:
         session.refresh()
@@ -78,12 +71,21 @@ def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     threading.Thread(target=_report_end, args=(session, keeper), name="fuse-end", daemon=True).start()
     while (word := (message := keeper.receive(PING_EVERY))[0]) not in {"stop", "leave", "eof"}:
         if word == "listen":
-            service.listen(socket.socket(fileno=message[2][0]), reload=lambda: keeper.send("reload"))
-            signal.signal(signal.SIGTERM, lambda *_: keeper.send("reload"))
-            keeper.send("serving")
+            listener = socket.socket(fileno=message[2][0])
+            if message[1] is not None:
+                service.tenants.listen(message[1], listener)
+            else:
+                service.listen(listener, reload=lambda: keeper.send("reload"))
+                signal.signal(signal.SIGTERM, lambda *_: keeper.send("reload"))
+                keeper.send("serving")
         if not session.stuck(STUCK):
             keeper.send("ping")
         service.tick()
+        for name in service.tenants.dropped():
+            keeper.send("no-tenant", name)
+            session.tree_gone(tenant_path(name))
+        for name in service.tenants.wanted():
+            keeper.send("tenant", name)
     if word == "leave" or (word == "eof" and spec["managed"]):
         service.save()
         os._exit(0)  # as a crash would: what it has taken and not answered, the next worker is asked again

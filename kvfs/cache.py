@@ -71,7 +71,7 @@ class TextCache:
             raise Unsupported("latent KV (MLA) without an engine")
         self._client, self.manifest = client, manifest
         self.ns = client.register(manifest, info, timeout=TIMEOUT)
-        self._root = root_key(self.ns, salt32(b"", cache_salt))
+        self._root = root_key(self.ns, salt32(client.salts(timeout=TIMEOUT).own, cache_salt))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], model: Any, cache_salt: str | None = None) -> Self:

@@ -21,6 +21,7 @@ __all__ = [
     "StoreBusy",
     "StoreFull",
     "StoreReadOnly",
+    "TenantNotFound",
     "Unsupported",
 ]
 
@@ -142,3 +143,10 @@ class Unsupported(KvfsError, NotImplementedError):
 
     errno = _errno.ENOTSUP
     exit_code = 16
+
+
+class TenantNotFound(KvfsError, FileNotFoundError):
+    """no tenant {}{}; `kvfs tenant list` shows those of this store"""
+
+    errno = _errno.ENOENT
+    exit_code = 17

@@ -28,6 +28,7 @@ __all__ = [
     "GroupKind",
     "Manifest",
     "PartId",
+    "Salts",
     "canonical_json",
     "chunk_keys",
     "config_identity",
@@ -299,6 +300,14 @@ def salt32(tenant_secret: bytes = b"", cache_salt: str | None = None) -> bytes:
     return hashlib.sha256(
         _SALT_DOMAIN + b"".join(struct.pack("<I", len(x)) + x for x in (tenant_secret, salt))
     ).digest()
+
+
+class Salts(NamedTuple):
+    """Whose texts a reader finds: the secret of its tenant (empty for a store's own), and that of the public tenant,
+    whose texts it may read too (empty where there is none)."""
+
+    own: bytes = b""
+    public: bytes = b""
 
 
 def root_key(ns: bytes, salt: bytes) -> bytes:

@@ -100,6 +100,9 @@ _PART = {"ns": _key, "key": _key, "part": _text}
 
 VERBS: Mapping[str, Verb] = {
     "ping": Verb({}, {"version": _text}),
+    # own: the secret of the tenant whose socket this is, empty on that of a store; public: that of the tenant whose
+    # chunks are found here too, empty where there is none.
+    "salts": Verb({}, {"own": _blob, "public": _blob}),
     "register": Verb({"manifest": _document, "info": _document}, {"ns": _key}),
     # masks: one u64 a key, bit i = part i of the namespace's manifest.
     "lookup": Verb({"ns": _key, "keys": _keys}, {"masks": _blob}),

@@ -73,7 +73,7 @@ def test_the_mount_is_visible_to_the_host() -> None:
 def test_the_unit_restarts_watches_and_keeps() -> None:
     unit = directives(UNIT)
     assert unit["Type"] == ["notify"]
-    assert (unit["FileDescriptorStoreMax"], unit["RuntimeDirectoryPreserve"]) == (["3"], ["yes"])
+    assert (unit["FileDescriptorStoreMax"], unit["RuntimeDirectoryPreserve"]) == (["131"], ["yes"])
     assert unit["WatchdogSec"] == ["30"]
     assert unit["Restart"] == ["on-failure"]
     for command in (*unit["ExecStart"], *unit["ExecReload"], *directives(WORKER_UNIT)["ExecStart"]):

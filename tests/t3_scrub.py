@@ -314,7 +314,7 @@ def test_its_thread_is_idle_and_no_other() -> None:
 def test_the_daemon_scrubs_and_remembers(store: Store) -> None:
     service = Service(Config(store=store.path, scrub_rate=FAST), resumed=False)
     until(lambda: read_so_far(service.catalog) == ALL)
-    until(lambda: len(service._scrubber._read) == 1 and service._scrubber._due() == [])
+    until(lambda: len(service._branch._scrubber._read) == 1 and service._branch._scrubber._due() == [])
     service.close()
     again = Service(Config(store=store.path, scrub_rate=FAST), resumed=False)
     try:

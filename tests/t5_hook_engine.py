@@ -26,8 +26,8 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.request import Request
 
 from kvfs.errors import ConfigError, Unsupported
-from kvfs.identity import diff
-from kvfs.vllm_hook.chain import Chain
+from kvfs.identity import Manifest, Salts, diff
+from kvfs.vllm_hook.chain import Chain, chains_of
 from kvfs.vllm_hook.connector import check_vllm
 from kvfs.vllm_hook.fingerprint import Namespaces, manifest_of
 from kvfs.vllm_hook.gate import Gate
@@ -150,8 +150,13 @@ def test_manifest_names_what_changes_kv_and_nothing_else(folder: Path) -> None:
     assert {d[0] for d in diff(base, fp8)} == {"kv_dtype", "kv_scales"}
 
 
+def chain_of(manifest: Manifest, request: Any) -> Chain:
+    (chain,) = chains_of((manifest,), request, Salts())
+    return chain
+
+
 def namespaces(config: Any, registered: list[Any], chunk: int = 64) -> Namespaces:
-    return Namespaces(config, chunk, "exact", lambda manifest, info: registered.append((manifest, info)))
+    return Namespaces(config, chunk, "exact", lambda manifest, info: registered.append((manifest, info)) or Salts())
 
 
 def known(found: Namespaces, adapter: Any = None) -> Any:
@@ -208,7 +213,7 @@ def test_multimodal_items_and_embeddings_are_in_the_key(folder: Path) -> None:
     tokens = list(range(200))
 
     def keys(**kwargs: Any) -> list[bytes]:
-        return Chain(manifest, request(tokens, **kwargs)).extend().keys
+        return chain_of(manifest, request(tokens, **kwargs)).keys
 
     def image(digest: str, offset: int) -> dict[str, Any]:
         place = PlaceholderRange(offset=offset, length=20)
@@ -219,18 +224,18 @@ def test_multimodal_items_and_embeddings_are_in_the_key(folder: Path) -> None:
     assert len({plain[1], a[1], b[1], moved[1]}) == 4
     assert len({plain[2], a[2], b[2], moved[2]}) == 4  # what follows depends on it too
     embeds = [request([0] * 128, prompt_embeds=e) for e in (torch.zeros(128, 8), torch.ones(128, 8))]
-    assert len({Chain(manifest, r).extend().keys[0] for r in embeds}) == 2
+    assert len({chain_of(manifest, r).keys[0] for r in embeds}) == 2
 
 
 def test_chain_grows_with_its_request(folder: Path) -> None:
     manifest = manifest_of(config_of(folder), HYBRID, "w", 64, "exact")
     growing, whole = request(list(range(100))), request(list(range(140)))
-    chain = Chain(manifest, growing).extend()
+    chain = chain_of(manifest, growing)
     growing.append_output_token_ids(list(range(100, 140)))
-    assert chain.extend().keys == Chain(manifest, whole).extend().keys
+    assert chain.extend().keys == chain_of(manifest, whole).keys
     assert chain.tail_ends(2) == []
     assert chain.tail_ends(1) == [112, 96, 80]
-    assert chain.tail_key(112) == Chain(manifest, request(list(range(112)))).extend().tail_key(112)
+    assert chain.tail_key(112) == chain_of(manifest, request(list(range(112)))).tail_key(112)
     assert len({chain.tail_key(e) for e in (80, 96, 112)}) == 3
 
 

@@ -20,7 +20,7 @@ from vllm import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from kvfs.client import StoreClient
-from kvfs.identity import GroupKind
+from kvfs.identity import GroupKind, Manifest, Salts
 from kvfs.store import Store
 from kvfs.vllm_hook.copying import HostCopy
 from kvfs.vllm_hook.fingerprint import Namespaces
@@ -122,7 +122,7 @@ class Toy:
         folder = tmp / f"model{weights}"
         folder.mkdir(exist_ok=True)
         save_file({"w": np.full(8, weights, np.int32)}, folder / "model.safetensors")
-        self.namespaces = Namespaces(config_of(folder), CHUNK, fidelity, client.register)
+        self.namespaces = Namespaces(config_of(folder), CHUNK, fidelity, self._register)
         lookups = Lookups(client, 0.5, self.namespaces.register)
         self.half = SchedulerHalf(self.namespaces, lookups, Gate("always", ranks), self.counts, interval)
         self.manifests: dict[bytes, Any] = {}
@@ -131,6 +131,10 @@ class Toy:
         self.half.start(geometry)
         wait_until(lambda: self.namespaces.get(None) is not None)
         self._number = 0
+
+    def _register(self, manifest: Manifest, info: dict[str, Any]) -> Salts:
+        self.client.register(manifest, info)
+        return self.client.salts()
 
     def _rank(self, shard: Shard, staging: int, stall: float, longest: float, copy: Callable[[PagedKV], Any]) -> Rank:
         shape = (BLOCKS, HEADS // shard.size, BLOCK, 2 * DIM)

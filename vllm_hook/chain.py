@@ -2,15 +2,16 @@
 
 import hashlib
 import struct
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvfs.identity import TAIL_STEP, Extra, Manifest, as_tokens, next_key, root_key, salt32
+from kvfs.identity import TAIL_STEP, Extra, Manifest, Salts, as_tokens, next_key, root_key, salt32
 
-__all__ = ["Chain"]
+__all__ = ["Chain", "chains_of"]
 
 
 class Chain:
@@ -18,13 +19,14 @@ class Chain:
 
     ``keys[i]`` names the i-th full chunk. Keys and tokens already there never change, so other threads may read them
     while the chain is extended. ``request`` is vLLM's; what its KV depends on beside the tokens (multimodal items,
-    prompt embeddings) enters the key of each chunk it overlaps.
+    prompt embeddings) enters the key of each chunk it overlaps. ``salt`` is that of
+    `kvfs.identity.salt32`.
     """
 
-    def __init__(self, manifest: Manifest, request: Any) -> None:
+    def __init__(self, manifest: Manifest, request: Any, salt: bytes) -> None:
         self.manifest = manifest
         self._request = request
-        self._root = root_key(manifest.ns, salt32(b"", request.cache_salt))
+        self._root = root_key(manifest.ns, salt)
         self._tokens: npt.NDArray[np.uint32] = np.empty(0, dtype=np.uint32)
         self.keys: list[bytes] = []
 
@@ -75,6 +77,14 @@ class Chain:
             mask = bytes(is_token[start:end]) if is_token is not None else b""
             extras.append(Extra(Extra.EMBEDS, _digest(embeds[start:end], mask)))
         return extras
+
+
+def chains_of(manifests: Sequence[Manifest], request: Any, salts: Salts) -> tuple[Chain, ...]:
+    """The keys of a request's text in each of these namespaces, in their order: first as the public tenant has it, if
+    there is one, where no request's own salt has a part, then as its own tenant does."""
+    own, public = salt32(salts.own, request.cache_salt), salt32(salts.public)
+    both = (public, own) if salts.public else (own,)
+    return tuple(Chain(manifest, request, salt).extend() for manifest in manifests for salt in both)
 
 
 def _digest(embeds: torch.Tensor, mask: bytes) -> bytes:

@@ -17,7 +17,7 @@ from vllm.version import __version_tuple__ as vllm_version
 from kvfs import config
 from kvfs.client import connect
 from kvfs.errors import ConfigError, Unsupported
-from kvfs.identity import Manifest
+from kvfs.identity import Manifest, Salts
 from kvfs.store import Store
 from kvfs.vllm_hook.fingerprint import Namespaces
 from kvfs.vllm_hook.gate import Gate
@@ -96,10 +96,11 @@ class KvfsConnector(base.KVConnectorBase_V1, base.SupportsHMA):
                 writes=transfer.is_kv_producer,
             )
 
-    def _register(self, manifest: Manifest, info: dict[str, Any]) -> None:
+    def _register(self, manifest: Manifest, info: dict[str, Any]) -> Salts:
         if self.settings.store:
             Store.init(self.settings.store).close()
         self.client.register(manifest, info)
+        return self.client.salts()
 
     def caught(self, where: str, error: Exception) -> None:
         """Count an exception, and log it unless one of the same method was logged just now."""

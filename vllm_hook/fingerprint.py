@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from kvfs.errors import IdentityError, KvfsError, Unsupported
-from kvfs.identity import Manifest, config_identity
+from kvfs.identity import Manifest, Salts, config_identity
 from kvfs.vllm_hook.geometry import Geometry
 from kvfs.weights import adapter_fingerprint, weights_fingerprint
 
@@ -73,14 +73,16 @@ class Namespaces:
     """The namespaces of one engine, by adapter.
 
     ``get`` never waits. ``register`` (of a client) makes a namespace known to the store, and runs in the background
-    too; it is tried again when it fails, as the store may come back.
+    too; it is tried again when it fails, as the store may come back. It gives the secrets that enter the keys there:
+    ``salts``, before any namespace is known.
     """
 
     RETRY = 5.0
 
     def __init__(
-        self, config: Any, chunk_tokens: int, fidelity: str, register: Callable[[Manifest, dict[str, Any]], None]
+        self, config: Any, chunk_tokens: int, fidelity: str, register: Callable[[Manifest, dict[str, Any]], Salts]
     ) -> None:
+        self.salts = Salts()
         self._config, self._register = config, register
         self._chunk_tokens, self._fidelity = chunk_tokens, fidelity
         self._lock = threading.Lock()
@@ -133,7 +135,7 @@ class Namespaces:
         model = self._config.model_config
         name = model.served_model_name or model.model
         private = {"private": True} if manifest.weights.startswith("private:") else {}
-        self._register(manifest, {"name": str(name), "revision": model.revision} | private)
+        self.salts = self._register(manifest, {"name": str(name), "revision": model.revision} | private)
 
     def readable(self, manifest: Manifest) -> tuple[Manifest, ...]:
         """The namespaces that whoever writes to this one may read, the preferred one first: itself, and before a lossy

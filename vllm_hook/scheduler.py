@@ -13,7 +13,7 @@ from typing import Any
 from kvfs.chunk import layout
 from kvfs.identity import PartId
 from kvfs.reach import Reach, first_token, reach
-from kvfs.vllm_hook.chain import Chain
+from kvfs.vllm_hook.chain import Chain, chains_of
 from kvfs.vllm_hook.fingerprint import Adapter, Namespaces
 from kvfs.vllm_hook.gate import Gate
 from kvfs.vllm_hook.geometry import Geometry, Group
@@ -129,7 +129,8 @@ class SchedulerHalf:
         if not tracked.chains and (tracked.reads or tracked.writes):
             manifest = self._namespaces.get(adapter_of(request))
             if manifest is not None:
-                tracked.chains = tuple(Chain(m, request).extend() for m in self._namespaces.readable(manifest))
+                readable = self._namespaces.readable(manifest)
+                tracked.chains = chains_of(readable, request, self._namespaces.salts)
                 tracked.question = self._lookups.ask(tracked.chains)
         return tracked
 

@@ -23,6 +23,7 @@ from kvfs.daemon.bind import bind
 from kvfs.daemon.fuse import connection
 from kvfs.daemon.handover import Channel, dump_error, load_config, orders
 from kvfs.daemon.logs import log_to_stderr
+from kvfs.daemon.tree import SOCKET, tenant_path
 from kvfs.errors import ConfigError, KvfsError, MountError
 
 if TYPE_CHECKING:
@@ -157,6 +158,9 @@ def serve(config: Config, keeper: Channel, resumed: bool) -> None:
                 ours = connection.mounted_at(point)
                 while not stop.wait(TICK) and ours in connection.mounts() and keeper.send("ping"):
                     service.tick()
+                    for name in service.tenants.wanted():
+                        with contextlib.suppress(MountError):  # it is asked for again
+                            service.tenants.listen(name, bind(point, tenant_path(name, SOCKET)))
                 service.close()
         except KvfsError as e:
             failed.append(e)

@@ -144,7 +144,7 @@ class Requests:
         if not node.inode:
             raise refusal(errno.ENOENT)
         self.on_lost(node.path)
-        return abi.ATTR_OUT.pack(FOREVER, 0, 0) + attr(node.id, self._view.unlinked(node.size, node.mtime))
+        return abi.ATTR_OUT.pack(FOREVER, 0, 0) + attr(node.id, self._view.unlinked(node.path, node.size, node.mtime))
 
     def current(self, node: Node) -> bool:
         """Whether the file that a node was made for is still the one behind its path."""
@@ -252,7 +252,7 @@ class Requests:
                 return abi.OPEN_OUT.pack(0, Fopen.PASSTHROUGH | Fopen.NOFLUSH, backing)
         opened = self._view.open_file(node.path, flags)
         if isinstance(opened, bytes):
-            return abi.OPEN_OUT.pack(self._view.keep(opened), Fopen.DIRECT_IO | Fopen.NOFLUSH, 0)
+            return abi.OPEN_OUT.pack(self._view.keep(node.path, opened), Fopen.DIRECT_IO | Fopen.NOFLUSH, 0)
         try:
             if opened.inode != node.inode:
                 raise refusal(errno.ESTALE)
@@ -261,7 +261,7 @@ class Requests:
             os.close(opened.fd)
             raise
         if not backing:
-            return abi.OPEN_OUT.pack(self._view.keep(opened.fd), Fopen.KEEP_CACHE | Fopen.NOFLUSH, 0)
+            return abi.OPEN_OUT.pack(self._view.keep(node.path, opened.fd), Fopen.KEEP_CACHE | Fopen.NOFLUSH, 0)
         os.close(opened.fd)
         return abi.OPEN_OUT.pack(0, Fopen.PASSTHROUGH | Fopen.NOFLUSH, backing)
 

@@ -106,6 +106,11 @@ class Session:
         """Memory is needed: give back the backing id of a file of the store that nobody has open."""
         self._backings.let_go(inode)
 
+    def tree_gone(self, root: str) -> None:
+        """A folder of the view is gone with all that was in it."""
+        below = [node.path for node in self._nodes if node.path.startswith(f"{root}/")]
+        self.gone([*sorted(below, key=len, reverse=True), root])
+
     def refresh(self) -> None:
         """Let the kernel forget the names whose files went while no worker was there to say so."""
         self.gone([node.path for node in self._nodes if node.inode and not self._requests.current(node)])

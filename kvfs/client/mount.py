@@ -20,7 +20,7 @@ from kvfs.client.fork import restart_in_child
 from kvfs.client.link import Call, Link
 from kvfs.codec import FORMS
 from kvfs.errors import DaemonUnavailable, KvfsError, ProtocolError
-from kvfs.identity import Manifest, PartId, canonical_json
+from kvfs.identity import Manifest, PartId, Salts, canonical_json
 from kvfs.protocol import MAX_FDS, MAX_KEYS, Deadline, join_keys
 
 __all__ = ["MountClient"]
@@ -164,6 +164,11 @@ class MountClient:
             with contextlib.suppress(KvfsError):  # retired meanwhile: the descriptors still read
                 call("hold", GREETING, ns=ns, lease=lease, keys=join_keys(keys))
         self._release(call)
+
+    def salts(self, timeout: float = 5.0) -> Salts:
+        """The secrets that enter the keys of texts here: which socket this is decides which they are."""
+        reply, _ = self._writes.call("salts", timeout)
+        return Salts(reply["own"], reply["public"])
 
     # --- writing ---
 

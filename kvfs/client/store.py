@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import kvfs
+from kvfs import tenants
 from kvfs.client.claims import Lease, LeasedPart, Reservation
 from kvfs.client.fork import restart_in_child
 from kvfs.client.lane import Lane
@@ -17,7 +18,7 @@ from kvfs.config import Config
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError, StoreFull
 from kvfs.explain import Known, explain
 from kvfs.hydrate import Area
-from kvfs.identity import Manifest, PartId
+from kvfs.identity import Manifest, PartId, Salts
 from kvfs.names import leaf_name, part_path
 from kvfs.protocol import Deadline
 from kvfs.reader import Reader
@@ -194,11 +195,22 @@ class StoreClient:
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Do nothing: recency is the daemon's to keep."""
 
+    def salts(self, timeout: float = 5.0) -> Salts:
+        """The secrets that enter the keys of texts here: none.  Unsupported for a tenant's store."""
+        self._writes.call("salts", timeout, lambda: tenants.needs_daemon(self.path))
+        return Salts()
+
     # --- writing ---
 
     def register(self, manifest: Manifest, info: Mapping[str, Any] | None = None, timeout: float = 5.0) -> bytes:
-        """Make the namespace of a manifest, or find it; ``info`` is what people call it.  Returns its digest."""
-        return self._writes.call("register", timeout, lambda: self._open().verifier.store.register(manifest, info))
+        """Make the namespace of a manifest, or find it; ``info`` is what people call it.  Returns its digest.
+        Unsupported in a tenant's store."""
+
+        def register() -> bytes:
+            tenants.needs_daemon(self.path)
+            return self._open().verifier.store.register(manifest, info)
+
+        return self._writes.call("register", timeout, register)
 
     def reserve(
         self,
@@ -303,6 +315,7 @@ class StoreClient:
             "sharing": self._steward.member.state() if self._steward else None,
             "quarantined": dict(self._quarantined),
             "lost_found": {"entries": lost, "bytes": lost_bytes, "purged": store.lost.purged},
+            "tenants": [_tenant_stats(self.path, name) for name in tenants.names(self.path)],
         }
 
     def _lost(self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool) -> None:
@@ -325,6 +338,12 @@ def _namespace_stats(store: Store, ns: bytes) -> dict[str, Any]:
         "chunks": len(keys),
         "bytes": size,
     }
+
+
+def _tenant_stats(path: Path, name: str) -> dict[str, Any]:
+    with Store.open(tenants.place(path, name)) as store:
+        rows = [_namespace_stats(store, ns) for ns in store.namespaces()]
+    return {"name": name, "chunks": sum(n["chunks"] for n in rows), "bytes": sum(n["bytes"] for n in rows)}
 
 
 def _nothing() -> None:

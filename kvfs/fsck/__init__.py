@@ -4,14 +4,16 @@ The tree is walked once.  Payload is not read, except to copy a part out of a ha
 may be somebody's data is deleted: it goes to ``lost+found`` with the reason.
 """
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from kvfs import tenants
 from kvfs.errors import NotAStore
 from kvfs.files import from_os_error
-from kvfs.fsck import chunks, derived, folders
+from kvfs.fsck import chunks, derived, folders, tenancy
 from kvfs.fsck.findings import Finding, Repairs
 from kvfs.fsck.parts import Parts
 from kvfs.store import Store
@@ -27,7 +29,8 @@ class Fsck:
     """
 
     def __init__(self, path: Path, *, dry_run: bool = False, data: bool = False, repair_orphans: bool = False) -> None:
-        self._repair_orphans = repair_orphans
+        self._path, self._dry_run, self._data, self._repair_orphans = path, dry_run, data, repair_orphans
+        self._parts_of_tenants = self._bytes_of_tenants = 0
         try:
             root = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError):
@@ -42,12 +45,12 @@ class Fsck:
     @property
     def parts(self) -> int:
         """Sound parts met so far."""
-        return self._parts.count
+        return self._parts.count + self._parts_of_tenants
 
     @property
     def bytes(self) -> int:
         """Bytes of their files."""
-        return self._parts.bytes
+        return self._parts.bytes + self._bytes_of_tenants
 
     def run(self) -> Iterator[Finding]:
         """Check and repair everything.
@@ -67,6 +70,18 @@ class Fsck:
             yield from chunks.orphans(repairs, ns, rows, self._repair_orphans)
         yield from derived.check(repairs)
         index.update()
+        yield from tenancy.check(repairs)
+        for name in tenants.names(self._path):
+            yield from self._tenant(name)
+
+    def _tenant(self, name: str) -> Iterator[Finding]:
+        """Check the store of a tenant as one by itself."""
+        options = {"dry_run": self._dry_run, "data": self._data, "repair_orphans": self._repair_orphans}
+        with contextlib.suppress(NotAStore), Fsck(tenants.place(self._path, name), **options) as check:
+            for each in check.run():
+                yield each._replace(path=f"{tenants.FOLDER}/{name}/{each.path}")
+            self._parts_of_tenants += check.parts
+            self._bytes_of_tenants += check.bytes
 
     def close(self) -> None:
         """Let daemons have the store again."""

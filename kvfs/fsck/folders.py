@@ -16,6 +16,7 @@ from kvfs.identity import canonical_json
 from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_file_name
 from kvfs.quarantine import FOLDER
 from kvfs.store import FORMAT, MANIFEST, MARKER, TEMPS
+from kvfs.tenants import FOLDER as TENANTS
 from kvfs.trash import FOLDER as TRASH
 
 __all__ = ["check_folder", "check_temp", "opened", "read_marker", "walk", "write_marker"]
@@ -74,7 +75,7 @@ def walk(repairs: Repairs, parts: Parts) -> Iterator[Finding]:
             spaces.append(name)
         elif is_temp(name):
             yield from check_temp(repairs, repairs.root, name)
-        elif name not in (MARKER, DERIVED, FOLDER, TRASH):
+        elif name not in (MARKER, DERIVED, FOLDER, TRASH, TENANTS):
             yield from _stray(parts, repairs.root, name)
     for name in spaces:
         yield from _namespace(repairs, parts, name)

@@ -119,9 +119,12 @@ class Evictor:
         self._round = threading.Lock()
         self._wake, self._stopping = threading.Event(), False
         self._pressed = False
+        self._refused: dict[frozenset[bytes], int] = {}  # bytes that had no room, by who shares the budget
         self._thread = threading.Thread(target=self._run, name="kvfs-evict", daemon=True)
         self.total = self.free = 0
         self.accounts: tuple[Account, ...] = ()
+        self.allowance: Callable[[int, int], int] | None = None
+        """Where stores share a filesystem: the budget in bytes, by its size and free space, of which some is kept."""
         self.measure()
 
     def start(self) -> None:
@@ -165,7 +168,8 @@ class Evictor:
             Account("namespace", amount.of(self.total), frozenset(ns for ns in present if self._is_called(ns, word)))
             for word, amount in self.config.namespace_budgets
         ]
-        self.accounts = (*accounts, Account("budget", self.config.budget.of(self.total), frozenset(present)))
+        limit = self.allowance(self.total, self.free) if self.allowance else self.config.budget.of(self.total)
+        self.accounts = (*accounts, Account("budget", limit, frozenset(present)))
 
     def _is_called(self, ns: bytes, word: str) -> bool:
         with contextlib.suppress(NamespaceNotFound):
@@ -200,6 +204,8 @@ class Evictor:
                 if used > account.limit * self.config.high_watermark:
                     self.wake()
                 if used > account.limit:
+                    if nbytes <= account.limit * self.config.low_watermark:  # else it can never have room
+                        self._refused[account.namespaces] = pending + nbytes
                     return account.name
         if self.free - nbytes < self.floor():
             self.wake()
@@ -214,13 +220,13 @@ class Evictor:
             return
         self.measure()
         for account in self.accounts:
-            used = self.used(account)
+            used = self.used(account) + self._refused.pop(account.namespaces, 0)
             too_much = used + self._going(account) > account.limit * self.config.high_watermark
             if too_much and not self.relief(account, used):
                 self.evict(account.namespaces, used - int(account.limit * self.config.low_watermark), account.name)
         pressed, self._pressed = self._pressed, False
         wanted = int(self.index.totals()[1] * PRESSED) if pressed else 0
-        if self.free < self.floor() * BEGIN:
+        if self.free < self.floor() * BEGIN and self.allowance is None:
             wanted = max(wanted, int(self.floor() * END) - self.free)
         wanted -= self.office.trash
         if wanted > 0:
