@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvfs.daemon.evict import END
+from kvfs.upkeep.evict import END
 
 if TYPE_CHECKING:
     from kvfs.daemon.catalog import Catalog
