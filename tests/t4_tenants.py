@@ -215,7 +215,7 @@ def test_all_read_what_is_public_and_only_its_own_socket_writes_it(
 
 def test_one_at_its_limit_evicts_its_own(host: Path, act: Callable[..., Actor]) -> None:
     store = new_store(host / "small", {"a": 2 * MIB, "b": 2 * MIB})
-    with mounted(store, host / "mnt", allow_other=True) as point:
+    with mounted(store, host / "mnt", allow_other=True, write_budget=None) as point:
         until(lambda: all(served(point, name) for name in "ab"))
         a, b = act("a"), act("b")
         register(a, b)
