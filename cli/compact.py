@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,7 +25,7 @@ Row = dict[str, Any]
 
 
 class Work(NamedTuple):
-    """Who does it: the daemon, or this process. See `kvfs.daemon.compact.Compactor`."""
+    """Who does it: the daemon, or this process. See `kvfs.daemon.sweep`."""
 
     plan: Callable[[bytes | None, int | None, str | None], list[Row]]
     sweep: Callable[[bytes | None, int | None, int], Row]
@@ -102,7 +103,8 @@ def show_plan(target: Target, rows: list[Row]) -> None:
 
 @contextlib.contextmanager
 def worker(target: Target) -> Iterator[Work]:
-    """Give what does the work: the daemon of a mount, or a catalog of our own of a store that no daemon serves."""
+    """Give what does the work: the daemon of a mount, or a catalog of our own of a store that no daemon serves;
+    StoreBusy if another is its janitor."""
     from kvfs import codec
     from kvfs.client.mount import MountClient
 
@@ -112,15 +114,20 @@ def worker(target: Target) -> Iterator[Work]:
         return
     from kvfs.daemon.catalog import Catalog
     from kvfs.metrics import Metrics
+    from kvfs.upkeep.member import Member
 
     target.store.lock_daemon("kvfs compact")
     catalog = Catalog(target.store, config.load(), Metrics())
+    member = Member(target.store, socket.gethostname(), catalog.leases, catalog.bulletin, catalog.index.pinned)
     try:
+        member.campaign()
+        catalog.join(member)
         catalog.reconcile()
         yield Work(
-            lambda ns, idle, level: catalog.compactor.plan(ns, idle, None if level is None else codec.level(level)),
+            lambda ns, idle, level: catalog.sweeper.plan(ns, idle, None if level is None else codec.level(level)),
             lambda ns, idle, seconds: catalog.sweep(ns, idle, seconds)._asdict(),
-            lambda ns, level: catalog.force(ns, codec.level(level)),
+            lambda ns, level: catalog.compactor.force(ns, codec.level(level)),
         )
     finally:
+        member.close()
         catalog.close()

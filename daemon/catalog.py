@@ -13,12 +13,12 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from kvfs.chunk import PartMeta
-from kvfs.codec import Level
 from kvfs.config import Config
 from kvfs.daemon import coder
 from kvfs.daemon.admission import Admission
-from kvfs.daemon.compact import Compactor, Make, Swept
+from kvfs.daemon.compact import Compactor, Make
 from kvfs.daemon.figures import figures
+from kvfs.daemon.sweep import Sweeper, Swept
 from kvfs.daemon.trace import Trace
 from kvfs.daemon.wear import Wear
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
@@ -77,6 +77,7 @@ class Catalog:
         self.wear = Wear(store.derived / f"written.{socket.gethostname()}", daily)
         self.admission = Admission(self.verifier, self.evictor, self.wear, metrics)
         self.compactor = Compactor(self, make or functools.partial(coder.make, store))
+        self.sweeper = Sweeper(self)
         self._trace = Trace(config.trace) if config.trace else None
         metrics.budget.set_function(lambda: self.evictor.accounts[-1].limit)
         metrics.written.set_function(self.wear.today)
@@ -317,22 +318,20 @@ class Catalog:
         self.metrics.evicted.labels(reason).inc()
         self._gone(ns, key, mask, "evicted")
 
-    def evict(self, ns: bytes | None, nbytes: int) -> Freed:
-        """Remove the least useful chunks, of one namespace or all, until ``nbytes`` are free or none may go."""
+    def _in_office(self) -> None:
         self._writable()
         if self.member is not None:
             self.member.require_office()
+
+    def evict(self, ns: bytes | None, nbytes: int) -> Freed:
+        """Remove the least useful chunks, of one namespace or all, until ``nbytes`` are free or none may go."""
+        self._in_office()
         return self.evictor.evict(self.index.namespaces() if ns is None else [ns], nbytes, "request")
 
     def sweep(self, ns: bytes | None, idle: float | None, seconds: float) -> Swept:
-        """Compact what was not used for a while: see `Compactor.sweep`."""
-        self._writable()
-        return self.compactor.sweep(ns, idle, seconds)
-
-    def force(self, ns: bytes, level: Level) -> None:
-        """Have a namespace compacted to ``level``: see `Compactor.force`."""
-        self._writable()
-        self.compactor.force(ns, level)
+        """Compact what was not used for a while: see `Sweeper.sweep`."""
+        self._in_office()
+        return self.sweeper.sweep(ns, idle, seconds)
 
     def pin(self, ns: bytes, key: bytes, pinned: bool) -> None:
         """Keep a chunk, and what comes before it in its text, from eviction, or end that; ChunkNotFound.  Remembered in

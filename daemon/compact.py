@@ -14,7 +14,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from kvfs.chunk import layout
 from kvfs.codec import FORMS, LEVELS, Level, gate
@@ -28,6 +28,7 @@ from kvfs.errors import (
     IdentityError,
     KvfsError,
     NamespaceNotFound,
+    StoreReadOnly,
     Unsupported,
 )
 from kvfs.identity import PartId
@@ -43,8 +44,6 @@ log = logging.getLogger(__name__)
 Make = Callable[[bytes, bytes, PartId, str, int], Made]
 """`kvfs.daemon.coder.make` of one store."""
 
-AFTER: Final = 3600.0
-"""Seconds without use after which a chunk is cold where the setting is off."""
 LOOK: Final = 10.0
 """Seconds between looks for something to do, if nothing calls for one."""
 BATCH: Final = 256
@@ -54,24 +53,13 @@ GRACE: Final = 5.0
 """Seconds for which eviction waits while compaction makes room."""
 WORTH: Final = 0.95
 """Of the raw form, the size beyond which the coded one is not worth keeping."""
-SAMPLE: Final = 4
-"""Chunks that are coded for an estimate."""
-
-
-class Swept(NamedTuple):
-    """What one sweep has done: chunks looked at, bytes of their files before and after, and whether none is left."""
-
-    chunks: int
-    before: int
-    after: int
-    done: bool
 
 
 class Compactor:
-    """Compaction of one store, by a thread once it is started, or in sweeps on request. Thread-safe."""
+    """Compaction of one store, by a thread once it is started; `kvfs.daemon.sweep` is on request. Thread-safe."""
 
     def __init__(self, catalog: Catalog, make: Make) -> None:
-        self._catalog, self._make_form = catalog, make
+        self._catalog, self.make_form = catalog, make
         self._turn = threading.Lock()  # one chunk at a time
         self._heat = Heat(catalog.config.heat_hits, RECENT)
         self._strained: dict[str, tuple[float, float]] = {}
@@ -136,15 +124,15 @@ class Compactor:
             while self._queue:
                 ns, key = self._queue.popleft()
                 row = catalog.index.get(ns, key)
-                if row is not None and row.last < self._looked and not catalog.leases.held(ns, key):
+                if row is not None and row.last < self._looked and not self.is_held(ns, key):
                     return ns, key
             self._looked = time.time()
             looked = [*self._pressed(), (time.time() - after, catalog.index.namespaces())]
             for before, namespaces in looked:
-                self._queue.extend(self._cold(namespaces, before))
+                self._queue.extend(self.cold(namespaces, before))
                 if self._queue:
                     break
-            if all(catalog.leases.held(*each) for each in self._queue):
+            if all(self.is_held(*each) for each in self._queue):
                 self._queue.clear()
                 return None
 
@@ -158,7 +146,8 @@ class Compactor:
         if evictor.spare() < 0:
             yield time.time() - RECENT, self._catalog.index.namespaces()
 
-    def _cold(self, namespaces: Iterable[bytes], before: float) -> list[tuple[bytes, bytes]]:
+    def cold(self, namespaces: Iterable[bytes], before: float) -> list[tuple[bytes, bytes]]:
+        """Some chunks of these namespaces, last used before a time, that may become smaller."""
         found = []
         for ns in namespaces:
             with contextlib.suppress(KvfsError):  # retired meanwhile
@@ -177,7 +166,9 @@ class Compactor:
 
     def force(self, ns: bytes, level: Level) -> None:
         """Bring chunks of a namespace to ``level`` from now on, whatever has been measured. IdentityError for a level
-        with loss where chunks are exact."""
+        with loss where chunks are exact; StoreReadOnly."""
+        if self._catalog.config.read_only:
+            raise StoreReadOnly(self._catalog.store.path, "the daemon was started with read_only")
         if self._catalog.store.manifest(ns).fidelity == "exact" and not level.lossless:
             raise IdentityError(f"{ns.hex()[:12]} holds exact chunks: {level.name} would change them")
         gate.record(self._catalog.store.derived, ns, level, None)
@@ -192,7 +183,7 @@ class Compactor:
         since, last = self._strained.get(account.name, (now, now))
         since = now if now - last > 2 * GRACE else since
         self._strained[account.name] = since, now
-        if now - since > GRACE or not self._cold(account.namespaces, time.time() - RECENT):
+        if now - since > GRACE or not self.cold(account.namespaces, time.time() - RECENT):
             return False
         self._wake.set()
         return True
@@ -208,7 +199,7 @@ class Compactor:
         """Bring a chunk to the form that its namespace may have. DaemonUnavailable, StoreFull."""
         level = self.target(ns)
         with self._turn:
-            for part in self._parts(ns, key):
+            for part in self.parts(ns, key):
                 try:
                     self._shrink(ns, key, part, level)
                 except (ChunkNotFound, ChunkCorrupt) as e:
@@ -216,6 +207,7 @@ class Compactor:
                 except Unsupported as e:
                     log.debug("%s.%s stays raw: %s", key.hex()[:12], part, e)
             self._catalog.index.brought(ns, key, FORMS.index(level.form))
+            self._catalog.bulletin.changed(ns, key)
 
     def bring_back(self, ns: bytes, key: bytes) -> bool:
         """Give a chunk its raw form back, beside the coded one; False if it has that, or there is no room for it."""
@@ -233,10 +225,17 @@ class Compactor:
                     self._write(ns, key, part, RAW)
                 except (ChunkNotFound, ChunkCorrupt) as e:
                     self._look_again(ns, key, part, e)
+        self._catalog.bulletin.changed(ns, key)
         self._catalog.metrics.heated.inc()
         return True
 
-    def _parts(self, ns: bytes, key: bytes) -> list[PartId]:
+    def is_held(self, ns: bytes, key: bytes) -> bool:
+        """Whether somebody has leased a chunk, here or on another host."""
+        leases = self._catalog.leases
+        return leases.held(ns, key) > 0 or leases.others(ns, key) is not None
+
+    def parts(self, ns: bytes, key: bytes) -> list[PartId]:
+        """The parts of a chunk that are there."""
         manifest, [mask] = self._catalog.store.manifest(ns), self._catalog.index.masks(ns, [key])
         return [part for part in manifest.parts if mask & manifest.bit(part)]
 
@@ -283,7 +282,7 @@ class Compactor:
         temp = catalog.verifier.reserve(ns, lay.nbytes)
         try:
             try:
-                made = self._make_form(ns, key, part, form, temp.fd)
+                made = self.make_form(ns, key, part, form, temp.fd)
             finally:
                 os.close(temp.fd)
             self._spent += made.seconds
@@ -331,66 +330,3 @@ class Compactor:
         else:
             for coded in (False, True):
                 self._catalog.refresh(ns, key, part, coded)
-
-    # --- on request ---
-
-    def sweep(self, ns: bytes | None, idle: float | None, seconds: float) -> Swept:
-        """For about ``seconds``, compact chunks of a namespace, or of all (None), that were not used for ``idle``
-        seconds (None: as configured) and that nobody holds. DaemonUnavailable, StoreFull."""
-        catalog, until, idle = self._catalog, time.monotonic() + seconds, self._idle(idle)
-        namespaces = catalog.index.namespaces() if ns is None else [ns]
-        chunks = before = after = 0
-        while time.monotonic() < until:
-            cold = [each for each in self._cold(namespaces, time.time() - idle) if not catalog.leases.held(*each)]
-            if not cold:
-                return Swept(chunks, before, after, True)
-            for each in cold:
-                had = self._size(*each)
-                self.compact(*each)
-                chunks, before, after = chunks + 1, before + had, after + self._size(*each)
-                if time.monotonic() > until:
-                    break
-        return Swept(chunks, before, after, False)
-
-    def _idle(self, idle: float | None) -> float:
-        after = self._catalog.config.compact_after
-        return idle if idle is not None else AFTER if after is None else after
-
-    def _size(self, ns: bytes, key: bytes) -> int:
-        row = self._catalog.index.get(ns, key)
-        return row.size if row else 0
-
-    def plan(self, ns: bytes | None, idle: float | None, level: Level | None = None) -> list[dict[str, Any]]:
-        """What a sweep would do, a row for each namespace: chunks, their bytes, the level, and what it is expected to
-        save, judged by coding some of the parts."""
-        catalog, rows = self._catalog, []
-        for each in catalog.index.namespaces() if ns is None else [ns]:
-            to = level or self.target(each)
-            keys = catalog.index.cold(each, FORMS.index(to.form), time.time() - self._idle(idle), 1 << 62)
-            size = sum(self._size(each, key) for key in keys)
-            ratio = self._ratio(each, keys, to)
-            rows.append(
-                {"ns": each.hex(), "chunks": len(keys), "bytes": size, "level": to.name, "saving": int(size * ratio)}
-            )
-        return rows
-
-    def _ratio(self, ns: bytes, keys: list[bytes], level: Level) -> float:
-        """The share of their bytes that some of these chunks would save."""
-        before = after = 0
-        for key in keys[:: max(1, len(keys) // SAMPLE)][:SAMPLE]:
-            for part in self._parts(ns, key):
-                sizes = {form: st.st_size for form, st in stored_files(self._catalog.store, ns, key, part).items()}
-                before += sum(sizes.values())
-                after += sizes.get(True) or sizes.get(False, 0)
-                if False in sizes and True not in sizes:
-                    with contextlib.suppress(ChunkNotFound, ChunkCorrupt, Unsupported):
-                        after += min(0, self._trial(ns, key, part, level) - sizes[False])
-        return 1 - after / before if before else 0.0
-
-    def _trial(self, ns: bytes, key: bytes, part: PartId, level: Level) -> int:
-        """Bytes that a part would take."""
-        out = os.memfd_create("kvfs-trial", os.MFD_CLOEXEC)
-        try:
-            return self._make_form(ns, key, part, level.name, out).size
-        finally:
-            os.close(out)

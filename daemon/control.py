@@ -336,12 +336,12 @@ class _Connection:
     def _plan(self, idle: int | None = None, ns: bytes | None = None, level: str | None = None) -> Answer:
         self._administer()
         return _document(
-            {"namespaces": self.catalog.compactor.plan(ns, idle, None if level is None else codec.level(level))}
+            {"namespaces": self.catalog.sweeper.plan(ns, idle, None if level is None else codec.level(level))}
         )
 
     def _force(self, ns: bytes, level: str) -> Answer:
         self._administer()
-        self.catalog.force(ns, codec.level(level))
+        self.catalog.compactor.force(ns, codec.level(level))
         return {}, []
 
     def _pin(self, ns: bytes, key: bytes, pinned: bool) -> Answer:

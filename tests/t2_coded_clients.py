@@ -10,7 +10,8 @@ import pytest
 from kvfs import chunk
 from kvfs.client import Client, connect
 from kvfs.coded import open_coded
-from kvfs.names import part_path
+from kvfs.daemon.scrub import Scrubber
+from kvfs.names import leaf_name, part_path
 from tests import fscks
 from tests.coded import EXACT, LOSSY, PARTS, data_of, new_store, put_coded, put_raw
 from tests.daemons import catalog_of, damage, serving
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kvfs.store import Store
+    from tests.conftest import Logs
 
 NS = EXACT.ns
 
@@ -65,11 +67,11 @@ def test_a_lease_gives_what_its_holder_takes(client: Client, store: Store) -> No
         assert [leased.verified for leased in lease.parts] == [False, False, True, False], "it has been vouched for"
 
 
-def test_a_holder_reports_damage_of_a_coded_part(client: Client, store: Store, logs: object) -> None:
+def test_a_holder_reports_damage_of_a_coded_part(client: Client, store: Store, logs: Logs) -> None:
     put_coded(store, LOSSY, key := new_key(), "medium")
     damage(store.path / LOSSY.ns_hex / part_path(key, PARTS[0], coded=True))
     if not hasattr(client, "network"):
-        logs.claim("damaged .checksum.")  # type: ignore[attr-defined]
+        logs.claim("damaged .checksum.")
     with client.lease(LOSSY.ns, [(key, PARTS[0])], 10, coded=True) as lease:
         assert (lease.parts[0].form, lease.parts[0].verified) == ("cachegen-medium", False)
         client.report(LOSSY.ns, key, PARTS[0], "checksum")
@@ -92,3 +94,35 @@ def test_fsck_knows_coded_parts(store: Store) -> None:
     path.chmod(0o440)
     found = fscks.check(store.path, "header", where, "moved to lost+found")
     assert found.is_damage
+
+
+def test_the_scrubber_reads_coded_parts(store: Store, logs: Logs) -> None:
+    put_coded(store, EXACT, whole := new_key(), "lossless")
+    put_coded(store, EXACT, damaged := new_key(), "lossless", keep_raw=True)
+    damage(store.path / EXACT.ns_hex / part_path(damaged, PARTS[1], coded=True))
+    logs.claim("damaged .checksum.")
+    with catalog_of(store.path) as catalog:
+        scrubber = Scrubber(catalog, 1 << 30)
+        for key in (whole, damaged):
+            assert scrubber.read_leaf(NS, leaf_name(key))
+        read = sum(found.entry.stat().st_size for found in store.scan(NS))
+        counted = catalog.metrics.snapshot()
+        assert counted["kvfs_scrub_damaged_total"] == 1
+        assert 0.9 * read < counted["kvfs_scrub_bytes_total"] < 1.3 * read
+        assert catalog.index.masks(NS, [whole, damaged]) == [EXACT.all_parts] * 2, "the raw form is there still"
+        with catalog.verifier.open_coded(NS, whole, PARTS[0]) as file:
+            assert catalog.verifier.is_verified(os.fstat(file.fd))
+
+
+def test_what_another_host_compacts_is_another_file_to_readers(store: Store) -> None:
+    put_raw(store, EXACT, key := new_key())
+    with catalog_of(store.path) as catalog:
+        heard: list[tuple[str, bytes | None]] = []
+        catalog.on_change(lambda event, _ns, of, _part: heard.append((event, of)))
+        put_coded(store, EXACT, key, "lossless")  # the raw form goes
+        assert catalog.reconcile() == (0, 0), "nothing has come or gone"
+        assert [event for event, _ in heard] == ["removed"] * 2, "so that the mount looks again"
+        catalog.refresh(NS, key, PARTS[0], coded=True)
+        catalog.index.check_integrity()
+        assert catalog.index.totals()[1] == sum(found.entry.stat().st_size for found in store.scan(NS))
+        assert catalog.index.masks(NS, [key]) == [EXACT.all_parts]

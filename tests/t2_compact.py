@@ -111,7 +111,7 @@ def test_a_lossy_namespace_goes_as_far_as_was_measured(tmp_path: Path) -> None:
         [namespace] = catalog.stats()["compaction"]["namespaces"]
         assert (namespace["level"], namespace["forced"]) == ("medium", False)
 
-        catalog.force(LOSSY.ns, codec.level("low"))
+        catalog.compactor.force(LOSSY.ns, codec.level("low"))
         [namespace] = catalog.stats()["compaction"]["namespaces"]
         assert (namespace["level"], namespace["forced"]) == ("low", True)
 
@@ -121,7 +121,7 @@ def test_an_exact_namespace_never_loses_anything(tmp_path: Path) -> None:
         put_raw(store, EXACT, key := new_key())
         catalog.reconcile()
         with pytest.raises(IdentityError, match="exact"):
-            catalog.force(NS, codec.level("medium"))
+            catalog.compactor.force(NS, codec.level("medium"))
         gate.record(store.derived, NS, codec.level("lowest"), None)  # whoever writes the file
         assert catalog.compactor.target(NS).lossless
         grow_old(catalog)
@@ -161,8 +161,8 @@ def test_a_plan_tells_what_a_sweep_does(tmp_path: Path) -> None:
             for manifest in ALL:
                 grow_old(catalog, manifest.ns)
             before = on_disk(store)
-            rows = {row["ns"]: row for row in catalog.compactor.plan(None, None)}
-            forced = catalog.compactor.plan(LOSSY.ns, None, codec.level("medium"))
+            rows = {row["ns"]: row for row in catalog.sweeper.plan(None, None)}
+            forced = catalog.sweeper.plan(LOSSY.ns, None, codec.level("medium"))
             assert on_disk(store) == before
             swept = catalog.sweep(NS, None, 30)
             row = rows[EXACT.ns_hex]

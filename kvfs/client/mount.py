@@ -224,7 +224,7 @@ class MountClient:
         return self._writes.call("compact", timeout, seconds=seconds, **_given(ns=ns, idle=idle))[0]
 
     def plan(self, ns: bytes | None, idle: int | None, level: str | None = None, timeout: float = 600.0) -> list[Any]:
-        """What `compact` would do, by namespace: see `kvfs.daemon.compact.Compactor.plan`."""
+        """What `compact` would do, by namespace: see `kvfs.daemon.sweep.Sweeper.plan`."""
         return list(self._document("plan", timeout, **_given(ns=ns, idle=idle, level=level))["namespaces"])
 
     def force(self, ns: bytes, level: str, timeout: float = 5.0) -> None:
