@@ -191,6 +191,12 @@ def test_vllm_config_is_one_json_object_and_nothing_else(place: str, tmp_path: P
     }
 
 
+def test_vllm_config_of_a_lossy_engine(tmp_path: Path) -> None:
+    extra = json.loads(invoke("vllm-config", "--store", tmp_path, "--fidelity", "lossy").stdout)
+    assert extra["kv_connector_extra_config"] == {"store": str(tmp_path), "fidelity": "lossy"}
+    assert invoke("vllm-config", "--store", tmp_path, "--fidelity", "loose").exit_code == 2
+
+
 def test_vllm_config_wants_one_place(tmp_path: Path) -> None:
     assert invoke("vllm-config").exit_code == 2
     assert invoke("vllm-config", "--mount", tmp_path, "--store", tmp_path).exit_code == 2
