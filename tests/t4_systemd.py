@@ -36,6 +36,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     with booted(work) as host:
         host.output("sh", "-c", f"{COPY} && {CONFIG}")
         yield host
+        failed = [line for line in host.log().splitlines() if re.search(r" ERROR |Traceback", line)]
+        assert not [line for line in failed if "has been silent" not in line]
 
 
 @pytest.fixture
@@ -102,11 +104,12 @@ def test_the_worker_has_no_rights_and_the_keeper_three(host: Host) -> None:
 
 
 def test_a_sandboxed_worker_serves(host: Host) -> None:
-    """Reads, copies into the mount, snapshots, the control socket."""
+    """Reads, copies into the mount, removals, the control socket, the process that codes parts."""
     host.output("cmp", part(0), part(0, "/opt/work/kv"))
     host.output("rm", part(7))
     host.output("cp", part(7, "/opt/work/kv"), part(7))
     assert samples.MANIFEST.ns_hex in host.output("kvfs", "status", "--at", MOUNT, "--json")
+    assert "compacted" in host.output("kvfs", "compact", "--at", MOUNT, "--now")  # by a child of its own
 
 
 def test_a_killed_worker_is_not_noticed(host: Host) -> None:
