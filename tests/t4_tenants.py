@@ -213,6 +213,17 @@ def test_all_read_what_is_public_and_only_its_own_socket_writes_it(
         assert public.remove(NS, key(7))
 
 
+def test_tenants_through_libfuse(store: Path, host: Path, act: Callable[..., Actor]) -> None:
+    with mounted(store, host / "mnt", transport="libfuse", allow_other=True) as point:
+        until(lambda: all(served(point, name) for name in tenants.names(store)))
+        a, b = act("a"), act("b", str(UIDS["b"]))
+        register(a, b)
+        assert a("put(1)[0], look(1), lease(1)") == f"(True, [{WHOLE}], True)"
+        assert a("path(1).read_bytes()[4096:] == samples.payload(key(1), PARTS[0])") == "True"
+        assert b("look(1), path(1).exists()") == "([0], False)"
+        assert b("os.listdir(inside.parent)").startswith("PermissionError")
+
+
 def test_one_at_its_limit_evicts_its_own(host: Path, act: Callable[..., Actor]) -> None:
     store = new_store(host / "small", {"a": 2 * MIB, "b": 2 * MIB})
     with mounted(store, host / "mnt", allow_other=True, write_budget=None) as point:
