@@ -161,14 +161,14 @@ def worker(socket: Path) -> None:
 
     Everything else comes from the keeper. SIGTERM makes room for the next worker; the keeper says when to stop.
     """
-    from kvfs.daemon.handover import ONE_THREAD
+    from kvfs.daemon.handover import ONE_THREAD, python
     from kvfs.daemon.rendezvous import meet
 
     keeper = meet(socket)
-    os.environ.update(ONE_THREAD)
-    from kvfs.daemon.worker import run
-
-    sys.exit(run(keeper))
+    os.set_inheritable(keeper.fileno(), True)
+    # As a keeper starts its child: with one thread, and nothing of this command in it.
+    command = python("kvfs.daemon.worker", keeper, socket)
+    os.execve(command[0], command, {**os.environ, **ONE_THREAD})  # noqa: S606 - this same program
 
 
 def _named(mountpoint: Path | None) -> Path:

@@ -147,6 +147,8 @@ def _serve(path: Path, fd: int) -> None:
                 with Store.open(place(path, tenant)) if tenant else contextlib.nullcontext(whole) as store:
                     _answer(channel, store, bytes.fromhex(ns), bytes.fromhex(key), PartId.parse(part), form, fds[0])
         code = 0
+    except KvfsError as e:  # of the store, which its parent complains of too
+        log.error("nothing codes parts of %s: %s", path, e)
     except Exception:
         log.exception("the process that codes parts of %s failed", path)
     finally:

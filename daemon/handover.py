@@ -100,12 +100,12 @@ class Channel:
         self.sock.close()
 
 
-def python(module: str, config: Config, channel: Channel) -> list[str]:
+def python(module: str, channel: Channel, *shown: object) -> list[str]:
     """The command that runs a module of this package with one end of a channel, from any folder.
 
-    Store and mountpoint stand there for people who read ``ps``; the module gets its orders through the channel.
+    What is ``shown`` is for people who read ``ps``; the module gets its orders through the channel.
     """
-    return [sys.executable, "-P", "-m", module, str(config.store), str(config.mountpoint), str(channel.fileno())]
+    return [sys.executable, "-P", "-m", module, str(channel.fileno()), *map(str, shown)]
 
 
 def orders(channel: Channel, word: str) -> tuple[Any, list[int]]:

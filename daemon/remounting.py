@@ -71,7 +71,7 @@ class Remounter:
         """Have one child serve; its exit status, and what it complained of."""
         ours, theirs = Channel.pair()
         with ours.sock, theirs.sock:
-            command = python("kvfs.daemon.fuse.libfuse", self._config, theirs)
+            command = python("kvfs.daemon.fuse.libfuse", theirs, self._config.store, self._config.mountpoint)
             self._child = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, cwd="/")
             theirs.close()
             if self._ended:  # said before there was this child

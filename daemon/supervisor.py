@@ -67,7 +67,7 @@ class Worker:
         """Start one."""
         ours, theirs = Channel.pair()
         child = subprocess.Popen(
-            python("kvfs.daemon.worker", config, theirs),
+            python("kvfs.daemon.worker", theirs, config.store, config.mountpoint),
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             cwd="/",
