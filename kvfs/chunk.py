@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.errors import ChunkCorrupt, IdentityError, StoreFull
+from kvfs.files import from_read_error
 from kvfs.identity import KV_DTYPES, Manifest, PartId
 
 if TYPE_CHECKING:
@@ -276,7 +277,7 @@ def _parse_table(table: bytes) -> PartLayout:
 
 def read_header(fd: int, name: str = "?") -> PartHeader:
     """The header of an open part, by one or two ``pread``; raises as `parse_header`, and ChunkCorrupt
-    ``unreadable`` for an I/O error."""
+    ``unreadable`` for an I/O error, ChunkNotFound for a file that another host has removed."""
     try:
         file_size = os.fstat(fd).st_size
         raw = os.pread(fd, ALIGNMENT, 0)
@@ -284,7 +285,7 @@ def read_header(fd: int, name: str = "?") -> PartHeader:
         if size > len(raw):
             raw += os.pread(fd, size - len(raw), len(raw))
     except OSError as e:
-        raise ChunkCorrupt(name, "unreadable", e.strerror) from e
+        raise from_read_error(e, name) from e
     return parse_header(raw, file_size, name)
 
 
@@ -335,7 +336,7 @@ class PartFile:
 
     def read(self) -> bytearray:
         """The data region copied by ``pread``: no fault can reach the caller.  ChunkCorrupt ``truncated`` or
-        ``unreadable``."""
+        ``unreadable``, ChunkNotFound (removed by another host)."""
         h = self.header
         out = bytearray(h.layout.nbytes)
         view, at = memoryview(out), 0
@@ -346,7 +347,7 @@ class PartFile:
                     raise ChunkCorrupt(self.name, "truncated", "the file ends inside its data")
                 at += n
         except OSError as e:
-            raise ChunkCorrupt(self.name, "unreadable", e.strerror) from e
+            raise from_read_error(e, self.name) from e
         return out
 
     def verify(self) -> bytearray:

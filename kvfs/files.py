@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kvfs import _native
-from kvfs.errors import KvfsError, StoreFull, StoreReadOnly
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError, StoreFull, StoreReadOnly
 
 __all__ = [
     "DIR_MODE",
@@ -19,6 +19,7 @@ __all__ = [
     "OPEN_FILE",
     "beneath",
     "from_os_error",
+    "from_read_error",
     "lock",
     "make_dir",
     "open_own",
@@ -34,6 +35,11 @@ MAX_SEALED = 4 << 30
 OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, so that a planted FIFO cannot block the open."""
+_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT})
+"""Errors that tell of this process or this moment, and nothing of the file."""
+_NOT_A_FILE = frozenset(
+    {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM}
+)
 
 
 def from_os_error(e: OSError, what: Path) -> KvfsError:
@@ -43,6 +49,16 @@ def from_os_error(e: OSError, what: Path) -> KvfsError:
     if e.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreFull(what)
     return StoreReadOnly(what, e.strerror or e)
+
+
+def from_read_error(e: OSError, name: str) -> Exception:
+    """What a failed open or read of the part ``name`` tells of it: ChunkNotFound (on a shared volume another host may
+    remove it at any moment), ChunkCorrupt ``not-a-file`` or ``unreadable``; ``e`` itself if nothing."""
+    if e.errno in (errno.ENOENT, errno.ESTALE):
+        return ChunkNotFound(name)
+    if e.errno in _SHORTAGE:
+        return e
+    return ChunkCorrupt(name, "not-a-file" if e.errno in _NOT_A_FILE else "unreadable", e.strerror)
 
 
 def make_dir(name: str, dir_fd: int) -> None:
@@ -101,7 +117,7 @@ def read_small(dir_fd: int | None, name: str | Path) -> bytes:
         st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode) or st.st_size > SMALL:
             raise ValueError(f"{name} is not a small regular file")
-        return os.read(fd, SMALL)
+        return os.read(fd, st.st_size)
     finally:
         os.close(fd)
 
@@ -131,11 +147,10 @@ def write_new(dir_fd: int, name: str, data: bytes, temp_dir_fd: int | None = Non
     temp, temps = secrets.token_hex(16), dir_fd if temp_dir_fd is None else temp_dir_fd
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=temps)
     try:
-        try:
-            os.write(fd, data)
+        with os.fdopen(fd, "wb") as file:  # which writes on where the disk took a piece
+            file.write(data)
+            file.flush()
             os.fsync(fd)
-        finally:
-            os.close(fd)
         with contextlib.suppress(FileExistsError):
             os.link(temp, name, src_dir_fd=temps, dst_dir_fd=dir_fd, follow_symlinks=False)
     finally:

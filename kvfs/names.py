@@ -2,6 +2,7 @@
 
 import re
 
+from kvfs.errors import ChunkNotFound
 from kvfs.identity import PartId
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "parse_part_name",
     "part_name",
     "part_path",
+    "temp_name",
 ]
 
 SUFFIX = ".safetensors"
@@ -59,6 +61,13 @@ def is_leaf(name: str) -> bool:
 def is_temp(name: str) -> bool:
     """Whether a name is one that `Store.reserve` gives out."""
     return _TEMP.fullmatch(name) is not None
+
+
+def temp_name(name: str) -> str:
+    """The name, if it is one that `Store.reserve` gives out; else ChunkNotFound."""
+    if not is_temp(name):
+        raise ChunkNotFound(f"temp {name!r}")
+    return name
 
 
 def is_derived(name: str) -> bool:

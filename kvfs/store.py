@@ -6,7 +6,6 @@ descriptors with O_NOFOLLOW, so nothing planted in the tree leads outside it.
 """
 
 import contextlib
-import errno
 import functools
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from kvfs import retired
 from kvfs.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -30,9 +30,20 @@ from kvfs.errors import (
     StoreBusy,
     StoreReadOnly,
 )
-from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, beneath, from_os_error, lock, make_dir, read_small, write_new
+from kvfs.files import (
+    DIR_MODE,
+    OPEN_DIR,
+    OPEN_FILE,
+    beneath,
+    from_os_error,
+    from_read_error,
+    lock,
+    make_dir,
+    read_small,
+    write_new,
+)
 from kvfs.identity import Manifest, PartId, canonical_json
-from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_part_name, part_name, part_path
+from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_part_name, part_name, part_path, temp_name
 from kvfs.quarantine import Quarantine
 
 __all__ = ["Found", "Store", "Temp"]
@@ -109,7 +120,7 @@ class Store:
                 raise
         except (FileNotFoundError, NotADirectoryError):
             raise NotAStore(p, p) from None
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, RecursionError) as e:
             if isinstance(e, KvfsError):
                 raise
             raise IdentityError(f"{p / MARKER} is damaged ({e}); `kvfs fsck` writes it anew") from None
@@ -213,7 +224,7 @@ class Store:
     def retire(self, ns: bytes) -> None:
         """Remove a namespace with all its chunks: it is gone at once, its bytes are freed before this returns."""
         self._ns_dir(ns)
-        trash = f".kvfs/retired-{ns.hex()[:12]}-{secrets.token_hex(8)}"
+        trash = f".kvfs/{retired.name_for(ns)}"
         try:
             os.rename(ns.hex(), trash, src_dir_fd=self._root, dst_dir_fd=self._root)
         except FileNotFoundError:
@@ -251,18 +262,16 @@ class Store:
     # --- parts ---
 
     def open_part(self, ns: bytes, key: bytes, part: PartId) -> int:
-        """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file."""
+        """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file.
+
+        OSError where this process is out of descriptors or the like: that says nothing of the part.
+        """
         name, root = part_name(key, part), self._ns_dir(ns)
         try:
             with beneath(root, name[:3]) as leaf:
                 fd = os.open(name, OPEN_FILE, dir_fd=leaf)
-        except FileNotFoundError:
-            raise ChunkNotFound(f"{key.hex()}.{part}") from None
         except OSError as e:
-            if e.errno == errno.ESTALE:
-                raise ChunkNotFound(f"{key.hex()}.{part}") from None
-            reason = "unreadable" if e.errno == errno.EIO else "not-a-file"
-            raise ChunkCorrupt(f"{key.hex()}.{part}", reason, e.strerror) from None
+            raise from_read_error(e, f"{key.hex()}.{part}") from None
         st = os.fstat(fd)
         if st.st_nlink > 1:
             self._finish_publish(ns, st.st_ino)
@@ -326,7 +335,7 @@ class Store:
         """A fresh read-only descriptor of a temp file, for checking it before `publish`."""
         try:
             with beneath(self._ns_dir(ns), TEMPS) as temps:
-                return os.open(_temp_name(temp), OPEN_FILE, dir_fd=temps)
+                return os.open(temp_name(temp), OPEN_FILE, dir_fd=temps)
         except FileNotFoundError:
             raise ChunkNotFound(f"temp {temp}") from None
         except OSError as e:
@@ -368,7 +377,7 @@ class Store:
     def discard(self, ns: bytes, temp: str) -> None:
         """Remove a temp file; it may be gone already."""
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), beneath(self._ns_dir(ns), TEMPS) as temps:
-            os.unlink(_temp_name(temp), dir_fd=temps)
+            os.unlink(temp_name(temp), dir_fd=temps)
 
     def remove(self, ns: bytes, key: bytes, parts: Sequence[PartId]) -> None:
         """Unlink parts of a chunk; open descriptors and maps of them go on working."""
@@ -388,10 +397,3 @@ class Store:
         for name in old:
             self.discard(ns, name)
         return len(old)
-
-
-def _temp_name(temp: str) -> str:
-    """The name, if it is one that `Store.reserve` gives out; else ChunkNotFound."""
-    if not is_temp(temp):
-        raise ChunkNotFound(f"temp {temp!r}")
-    return temp

@@ -10,7 +10,7 @@ from functools import partial
 from typing import NamedTuple
 
 from kvfs.chunk import open_part, read_header
-from kvfs.errors import ChunkCorrupt, IdentityError, NamespaceNotFound
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, NamespaceNotFound
 from kvfs.files import OPEN_DIR, OPEN_FILE, make_dir
 from kvfs.fsck.findings import Finding, Repairs
 from kvfs.identity import PartId
@@ -78,6 +78,8 @@ class Parts:
         try:
             home, chunk = self._identify(fd, name)
             yield from self._settle_part(dir_fd, path, fd, place, home, chunk)
+        except ChunkNotFound:  # gone meanwhile, by another host
+            return
         except ChunkCorrupt as e:
             kind, detail = (e.reason, str(e.args[2])) if place else ("foreign", f"no part: {e.args[2]}")
             yield self._repairs.move_away(kind, path, detail, dir_fd, label)
