@@ -43,7 +43,8 @@ STOP_LIMIT: Final = 10.0
 
 YOUNG: Final = 60.0
 BACKOFF: Final = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 5.0)
-"""Seconds before the next start, by how many workers in a row died younger than `YOUNG`; after the last, give up."""
+"""Seconds before the next start, by how many workers in a row died younger than `YOUNG`; after the last, give up. One
+that served and was killed from outside does not count: it could live."""
 
 TICK: Final = 1.0
 ONE_THREAD: Final = {"OPENBLAS_NUM_THREADS": "1"}
@@ -73,7 +74,7 @@ class Worker:
         threading.Thread(target=lender.serve, args=(lending,), name="lender", daemon=True).start()
         self.pidfd = os.pidfd_open(self.process.pid)
         self.started = self.heard = time.monotonic()
-        self.serving = False
+        self.serving = self.hung = False
         self.leaves_by: float | None = None
         """When it has to be gone, if it was told to make room for the next."""
 
@@ -217,11 +218,14 @@ class Supervisor:
         if not self._announced:
             self._end("its worker could not start", self._error or MountError(self._point, f"worker ended: {how}"))
             return
-        self._early_deaths = self._early_deaths + 1 if time.monotonic() - worker.started < YOUNG else 1
+        if worker.serving and code == -signal.SIGKILL and not worker.hung:
+            self._early_deaths = 0
+        else:
+            self._early_deaths = self._early_deaths + 1 if time.monotonic() - worker.started < YOUNG else 1
         if self._early_deaths > len(BACKOFF):
             self._end("workers die", MountError(self._point, f"{self._early_deaths} workers died in a row: {how}"))
             return
-        delay = BACKOFF[self._early_deaths - 1]
+        delay = BACKOFF[max(0, self._early_deaths - 1)]
         self._next_start = time.monotonic() + delay
         log.warning("the worker of %s died (%s); the next one starts in %g s", self._point, how, delay)
         notify(STATUS=f"worker died ({how}), starting the next")
@@ -235,6 +239,7 @@ class Supervisor:
         if silent > (PING_LIMIT if worker.serving else START_LIMIT):
             log.error("the worker of %s has been silent for %.0f s and is killed", self._point, silent)
             worker.heard = time.monotonic()
+            worker.hung = True
             worker.process.kill()
         elif worker.leaves_by is not None and time.monotonic() > worker.leaves_by:
             worker.process.kill()
