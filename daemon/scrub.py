@@ -224,7 +224,10 @@ class Scrubber:
         body = files.read_sealed(self._path, MAGIC)
         if body is None:
             return {}
-        times = {ns: array.array("I", of) for ns, of in msgpack.unpackb(body, strict_map_key=False).items()}
+        try:
+            times = {ns: array.array("I", of) for ns, of in dict(msgpack.unpackb(body)).items()}
+        except (ValueError, TypeError, RecursionError):
+            return {}
         return {ns: of for ns, of in times.items() if len(of) == LEAVES}
 
 
