@@ -9,10 +9,12 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.targets import TARGETS
-from tests.torture import size
+from tests.torture import size, torture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+pytestmark = torture(slow=False)
 
 EXAMPLES = size("EXAMPLES", 1500, 200_000)
 change = st.tuples(st.floats(0, 1), st.sampled_from(["set", "cut", "add", "copy"]), st.binary(min_size=1, max_size=12))

@@ -23,9 +23,10 @@ def size(name: str, short: int, long: int) -> int:
     return int(os.environ.get(f"KVFS_TORTURE_{name}") or (long if LONG else short))
 
 
-def torture(seconds: int = 120) -> list[pytest.MarkDecorator]:
-    """Marks of a module with a long form, whose short form takes at most so many seconds."""
-    return [pytest.mark.torture, pytest.mark.slow, pytest.mark.timeout(0 if LONG else seconds)]
+def torture(seconds: int = 120, slow: bool = True) -> list[pytest.MarkDecorator]:
+    """Marks of a module with a long form, whose short form takes at most so many seconds, or, not ``slow``, a few."""
+    marks = [pytest.mark.torture, pytest.mark.timeout(0 if LONG else seconds)]
+    return [*marks, pytest.mark.slow] if slow else marks
 
 
 def report(figures: str) -> None:
