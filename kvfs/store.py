@@ -274,7 +274,8 @@ class Store:
             raise from_read_error(e, f"{key.hex()}.{part}") from None
         st = os.fstat(fd)
         if st.st_nlink > 1:
-            self._finish_publish(ns, st.st_ino)
+            for temp in self.second_names(ns, st.st_ino):
+                self.discard(ns, temp)
             st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
             os.close(fd)
@@ -289,11 +290,9 @@ class Store:
                 with contextlib.suppress(FileNotFoundError):
                     yield name, os.stat(name, dir_fd=fd, follow_symlinks=False)
 
-    def _finish_publish(self, ns: bytes, ino: int) -> None:
-        """Drop the temp name of a part whose publisher is between its link and its unlink, or died there."""
-        for name, st in self._temps(ns):
-            if st.st_ino == ino:
-                self.discard(ns, name)
+    def second_names(self, ns: bytes, ino: int) -> list[str]:
+        """The temp names of a part whose publisher is between its link and its unlink, or died there."""
+        return [name for name, st in self._temps(ns) if st.st_ino == ino]
 
     def masks(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
         """Presence mask of each chunk, by looking for its files; 0 where nothing is stored."""

@@ -8,6 +8,7 @@ after each kill. They share files: ``acks`` and ``errors``, to which each append
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -56,6 +57,8 @@ BOUNDS: Final = (0, 12 << 20, 40 << 20)
 COMMON: Final = [bytes([0x55, n]) * 16 for n in range(64)]
 """Keys that several writers store at once."""
 PATIENCE: Final = 30.0
+AWAY: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV})
+"""What a mount says whose keeper is gone."""
 CALM: Final = (0.01, 0.12)
 """Seconds between two kills: at least, and at most."""
 
@@ -165,7 +168,7 @@ class Storm:
                 key = os.pread(self._files["acks"], 32, 32 * r.randrange(max(0, count - 2000), count))
                 try:
                     by_name = self.order.mount is not None and r.random() < 0.3
-                    self._by_name(key) if by_name else self._by_lease(client, key)
+                    self._by_name(client, key) if by_name else self._by_lease(client, key)
                 except (DaemonUnavailable, DeadlineExceeded):
                     time.sleep(0.005)
                 except ChunkNotFound:
@@ -182,15 +185,16 @@ class Storm:
                     if bytes(file.verify()) != payload(key, leased.part, manifest):
                         self.wrong(f"wrong bytes: {key.hex()}.{leased.part}")
 
-    def _by_name(self, key: bytes) -> None:
+    def _by_name(self, client: Client, key: bytes) -> None:
         manifest = space_of(key)
         part = manifest.parts[-1]
         try:
             raw = (Path(self.order.mount or "") / manifest.ns_hex / part_path(key, part)).read_bytes()
-        except FileNotFoundError:
-            raise ChunkNotFound(key.hex()) from None
+        except FileNotFoundError:  # perhaps there is just no mount
+            self._by_lease(client, key)
+            return
         except OSError as e:
-            if e.errno in connection_is_gone():
+            if e.errno in AWAY:
                 raise DaemonUnavailable(self.order.mount, e.strerror) from None
             raise
         if not raw.endswith(payload(key, part, manifest)):
@@ -351,13 +355,6 @@ class Storm:
         except KvfsError as e:
             self.wrong(f"at the end: {e}")
         return False
-
-
-def connection_is_gone() -> frozenset[int]:
-    """What a mount without a keeper says."""
-    import errno
-
-    return frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV})
 
 
 if __name__ == "__main__":

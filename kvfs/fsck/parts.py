@@ -110,7 +110,7 @@ class Parts:
             yield finding
             if homeless:
                 return
-        if st.st_nlink > 1 + self.names[st.st_ino]:
+        if st.st_nlink > 1 + self.names[st.st_ino] and self._is_linked(fd, home):
             detail = f"{st.st_nlink} names lead to it"
             yield self._repairs.repair(
                 "hard-link", home.path, detail, "replaced by a copy", lambda: self._separate(fd, home)
@@ -121,6 +121,11 @@ class Parts:
                 "mode", home.path, detail, f"set to {FILE_MODE:04o}", lambda: os.fchmod(fd, FILE_MODE)
             )
         self._remember(home, chunk, st)
+
+    def _is_linked(self, fd: int, home: Place) -> bool:
+        """Whether a part has names that are no publisher's, who may be at work just now."""
+        temps = self._store.second_names(home.ns, os.fstat(fd).st_ino)
+        return os.fstat(fd).st_nlink > 1 + len(temps)
 
     def _bring_home(self, dir_fd: int, path: str, st: os.stat_result, home: Place) -> tuple[Finding, bool]:
         """Move a part to where it belongs, unless there is one; tells whether there is."""
