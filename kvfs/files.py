@@ -20,6 +20,7 @@ __all__ = [
     "beneath",
     "from_os_error",
     "from_read_error",
+    "is_damage",
     "lock",
     "make_dir",
     "open_own",
@@ -35,8 +36,7 @@ MAX_SEALED = 4 << 30
 OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, so that a planted FIFO cannot block the open."""
-_SHORTAGE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT})
-"""Errors that tell of this process or this moment, and nothing of the file."""
+_DAMAGED = frozenset({errno.EIO, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN})
 _NOT_A_FILE = frozenset(
     {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM}
 )
@@ -53,12 +53,18 @@ def from_os_error(e: OSError, what: Path) -> KvfsError:
 
 def from_read_error(e: OSError, name: str) -> Exception:
     """What a failed open or read of the part ``name`` tells of it: ChunkNotFound (on a shared volume another host may
-    remove it at any moment), ChunkCorrupt ``not-a-file`` or ``unreadable``; ``e`` itself if nothing."""
+    remove it at any moment), ChunkCorrupt ``not-a-file`` or ``unreadable``; ``e`` itself if nothing, as when this
+    process is out of descriptors or the volume is away."""
     if e.errno in (errno.ENOENT, errno.ESTALE):
         return ChunkNotFound(name)
-    if e.errno in _SHORTAGE:
+    if not is_damage(e):
         return e
     return ChunkCorrupt(name, "not-a-file" if e.errno in _NOT_A_FILE else "unreadable", e.strerror)
+
+
+def is_damage(e: OSError) -> bool:
+    """Whether a failed open or read tells that the file is damaged, or none."""
+    return e.errno in _NOT_A_FILE or e.errno in _DAMAGED
 
 
 def make_dir(name: str, dir_fd: int) -> None:
@@ -86,10 +92,13 @@ def open_own(folder: Path, name: str, flags: int) -> int:
         fd = os.open(name, flags, 0o640, dir_fd=dir_fd)
     finally:
         os.close(dir_fd)
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode) or st.st_nlink != 1:
+    try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or st.st_nlink != 1:
+            raise OSError(errno.EPERM, f"somebody planted {name}")
+    except BaseException:
         os.close(fd)
-        raise OSError(errno.EPERM, f"somebody planted {name}")
+        raise
     return fd
 
 
@@ -100,13 +109,16 @@ def lock(folder: Path, name: str, owner: str) -> int:
     """
     fd = open_own(folder, name, os.O_RDWR)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+            raise BlockingIOError(holder or "another process") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, owner.encode(), 0)
+    except BaseException:
         os.close(fd)
-        raise BlockingIOError(holder or "another process") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, owner.encode(), 0)
+        raise
     return fd
 
 
@@ -129,16 +141,16 @@ def read_sealed(path: Path, magic: bytes) -> bytes | None:
     """
     try:
         fd = os.open(path, OPEN_FILE)
+        try:
+            st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_SEALED or os.read(fd, len(magic)) != magic:
+                return None
+            with open(fd, "rb", buffering=0, closefd=False) as file:
+                seal, body = file.read(8), file.readall()
+        finally:
+            os.close(fd)
     except OSError:
         return None
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_SEALED:
-        os.close(fd)
-        return None
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        if file.read(len(magic)) != magic:
-            return None
-        seal, body = file.read(8), file.readall()
     return body if seal == struct.pack("<Q", _native.xxh3_64(body)) else None
 
 
@@ -163,10 +175,13 @@ def replace(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, OPEN_DIR)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temp, flags, 0o640, dir_fd=folder), "wb") as f:
-            f.write(data)
-        os.replace(temp, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        try:
+            with os.fdopen(os.open(temp, flags, 0o640, dir_fd=folder), "wb") as f:
+                f.write(data)
+            os.replace(temp, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp, dir_fd=folder)
+            raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp, dir_fd=folder)
         os.close(folder)

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from kvfs import retired
+from kvfs import marker, retired
 from kvfs.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -37,19 +37,18 @@ from kvfs.files import (
     beneath,
     from_os_error,
     from_read_error,
+    is_damage,
     lock,
     make_dir,
     read_small,
     write_new,
 )
-from kvfs.identity import Manifest, PartId, canonical_json
+from kvfs.identity import Manifest, PartId
 from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_part_name, part_name, part_path, temp_name
 from kvfs.quarantine import Quarantine
 
 __all__ = ["Found", "Store", "Temp"]
 
-MARKER = "kvfs-store.json"
-FORMAT = "kvfs-store/1"
 MANIFEST = "manifest.json"
 TEMPS = "tmp"
 TEMP_GRACE = 60.0
@@ -92,13 +91,13 @@ class Store:
         p = Path(path)
         try:
             p.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
-            if not (p / MARKER).exists():
-                if any(p.iterdir()):
-                    raise StoreReadOnly(p, "the folder is not empty and not a store; name an empty one")
-                (p / ".kvfs").mkdir(mode=DIR_MODE, exist_ok=True)
+            if not (p / marker.NAME).exists():
                 fd = os.open(p, OPEN_DIR)
                 try:
-                    write_new(fd, MARKER, canonical_json({"format": FORMAT, "id": secrets.token_hex(16)}) + b"\n")
+                    if not marker.is_free(fd):
+                        raise StoreReadOnly(p, "the folder is not empty and not a store; name an empty one")
+                    make_dir(".kvfs", fd)
+                    marker.write(fd)
                 finally:
                     os.close(fd)
         except OSError as e:
@@ -112,18 +111,17 @@ class Store:
         try:
             fd = os.open(p, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                marker = json.loads(read_small(fd, MARKER))
-                if marker["format"] != FORMAT:
-                    raise IdentityError(f"{p} has format {marker['format']}, this version reads {FORMAT}")
+                if (stated := marker.found(fd)) != marker.FORMAT:
+                    raise IdentityError(f"{p} has format {stated}, this version reads {marker.FORMAT}")
             except BaseException:
                 os.close(fd)
                 raise
         except (FileNotFoundError, NotADirectoryError):
             raise NotAStore(p, p) from None
-        except (ValueError, KeyError, TypeError, RecursionError) as e:
+        except ValueError as e:
             if isinstance(e, KvfsError):
                 raise
-            raise IdentityError(f"{p / MARKER} is damaged ({e}); `kvfs fsck` writes it anew") from None
+            raise IdentityError(f"{p / marker.NAME} is damaged ({e}); `kvfs fsck` writes it anew") from None
         except OSError as e:
             raise from_os_error(e, p) from e
         return cls(p, fd, durability)
@@ -197,7 +195,10 @@ class Store:
             d = json.loads(text)
         except FileNotFoundError:
             raise NamespaceNotFound(ns.hex()[:12]) from None
-        except (OSError, ValueError, RecursionError):
+        except OSError as e:
+            if not is_damage(e):
+                raise from_os_error(e, self.path / ns.hex()[:12]) from e
+        except (ValueError, RecursionError):
             pass
         if not isinstance(d, dict) or not isinstance(d.get("identity"), dict):
             raise IdentityError(f"{ns.hex()[:12]}/{MANIFEST} is damaged; `kvfs fsck` moves it away")
@@ -262,24 +263,26 @@ class Store:
     # --- parts ---
 
     def open_part(self, ns: bytes, key: bytes, part: PartId) -> int:
-        """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file.
-
-        OSError where this process is out of descriptors or the like: that says nothing of the part.
-        """
+        """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file; OSError
+        for what says nothing of the part, such as a want of descriptors."""
         name, root = part_name(key, part), self._ns_dir(ns)
         try:
             with beneath(root, name[:3]) as leaf:
                 fd = os.open(name, OPEN_FILE, dir_fd=leaf)
         except OSError as e:
             raise from_read_error(e, f"{key.hex()}.{part}") from None
-        st = os.fstat(fd)
-        if st.st_nlink > 1:
-            for temp in self.second_names(ns, st.st_ino):
-                self.discard(ns, temp)
+        try:
             st = os.fstat(fd)
-        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
+            if st.st_nlink > 1:
+                for temp in self.second_names(ns, st.st_ino):
+                    self.discard(ns, temp)
+                st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
+                what = f"{st.st_nlink} names, {stat.filemode(st.st_mode)}"
+                raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", what)
+        except BaseException:
             os.close(fd)
-            raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", f"{st.st_nlink} names, {stat.filemode(st.st_mode)}")
+            raise
         return fd
 
     def _temps(self, ns: bytes) -> Iterator[tuple[str, os.stat_result]]:
@@ -302,10 +305,7 @@ class Store:
 
     def scan(self, ns: bytes) -> Iterator[Found]:
         """Every part file of a namespace, by listing; foreign names are skipped."""
-        root = self._ns_dir(ns)
-        with os.scandir(root) as leaves:
-            names = [e.name for e in leaves if is_leaf(e.name)]
-        for leaf in names:
+        for leaf in filter(is_leaf, os.listdir(self._ns_dir(ns))):
             yield from self.scan_leaf(ns, leaf)
 
     def scan_leaf(self, ns: bytes, leaf: str) -> Iterator[Found]:

@@ -76,19 +76,24 @@ class Verifier:
     def open(self, ns: bytes, key: bytes, part: PartId) -> Opened:
         """Open a part without reading it; raises as `Store.open_part`."""
         fd = self.store.open_part(ns, key, part)
-        st = os.fstat(fd)
+        try:
+            st = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         return Opened(fd, self.is_verified(st), st.st_size)
 
     def check(self, fd: int, ns: bytes, key: bytes, part: PartId) -> None:
         """Read an open part in full and mark it.  ChunkCorrupt says what is wrong."""
-        before = os.fstat(fd)
-        with open_part(os.dup(fd), self.store.manifest(ns), key, part) as file:
+        before, manifest = os.fstat(fd), self.store.manifest(ns)
+        with open_part(os.dup(fd), manifest, key, part) as file:
             file.verify()
         self.mark(before)
 
     def peek(self, ns: bytes, key: bytes, part: PartId) -> tuple[PartHeader, int]:
         """The header of a part and the size of its file, its data unread.  ChunkNotFound, ChunkCorrupt."""
-        with open_part(self.store.open_part(ns, key, part), self.store.manifest(ns), key, part) as file:
+        manifest = self.store.manifest(ns)
+        with open_part(self.store.open_part(ns, key, part), manifest, key, part) as file:
             return file.header, os.fstat(file.fd).st_size
 
     def vouch(self, ns: bytes, key: bytes, part: PartId) -> None:

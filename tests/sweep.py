@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from kvfs.errors import KvfsError
 from kvfs.fsck import Fsck
 from kvfs.metrics import Metrics
 from kvfs.store import Store
-from tests.samples import payload
+from tests.samples import new_store, payload, put
 from tests.small import CHUNK, NO_FLOOR, NS, PART, SMALL
 
 if TYPE_CHECKING:
@@ -123,9 +124,11 @@ class Done:
 # ------------------------------------------------------------------------------------------------ what is done
 
 
-def catalog(path: Path, **settings: object) -> tuple[Store, Catalog]:
-    store = Store.open(path, "full")
-    return store, Catalog(store, Config(durability="full", **NO_FLOOR, **settings), Metrics())  # type: ignore[arg-type]
+@contextlib.contextmanager
+def catalog(path: Path) -> Iterator[Catalog]:
+    """A daemon's catalog."""
+    with Store.open(path, "full") as store:
+        yield Catalog(store, Config(durability="full", **NO_FLOOR), Metrics())  # type: ignore[arg-type]
 
 
 def meta(key: bytes, position: int = 0, parent: bytes = bytes(32)) -> chunk.PartMeta:
@@ -160,8 +163,7 @@ def publish(path: Path, done: Done) -> None:
 
 def admit(path: Path, done: Done) -> None:
     """As a daemon for its client."""
-    store, daemon = catalog(path)
-    with store:
+    with noting(done), catalog(path) as daemon:
         for key in NEW:
             with noting(done):
                 temp = daemon.reserve(NS, CHUNK, key)
@@ -174,22 +176,19 @@ def admit(path: Path, done: Done) -> None:
                     os.close(temp.fd)
                 daemon.publish_file(NS, temp.name, key, PART)
                 done.acks.append(key.hex())
-        with noting(done):
-            daemon.close()
+        daemon.close()
 
 
 def evict(path: Path, done: Done) -> None:
     """Two of the chunks have to go: the last ones."""
-    store, daemon = catalog(path)
-    with store, noting(done):
+    with noting(done), catalog(path) as daemon:
         daemon.evict(None, 2 * CHUNK)
         daemon.close()
 
 
 def snapshot(path: Path, done: Done) -> None:
     """Write what makes the next start quick."""
-    store, daemon = catalog(path)
-    with store, noting(done):
+    with noting(done), catalog(path) as daemon:
         for key in KEYS:
             os.close(daemon.open_part(NS, key, PART))
         daemon.save()
@@ -205,16 +204,14 @@ def check(path: Path, done: Done) -> None:
 
 def quarantine(path: Path, done: Done) -> None:
     """A reader has found a part damaged."""
-    store, daemon = catalog(path)
-    with store, noting(done):
+    with noting(done), catalog(path) as daemon:
         daemon.damaged(NS, KEYS[1], PART, "checksum")
         daemon.close()
 
 
 def retire(path: Path, done: Done) -> None:
     """Remove the namespace."""
-    store, daemon = catalog(path)
-    with store, noting(done):
+    with noting(done), catalog(path) as daemon:
         daemon.retire(NS)
         done.acks.append("retired")
 
@@ -237,6 +234,7 @@ JOBS: Final[dict[str, Callable[[Path, Done], None]]] = {
 
 def serve() -> None:
     """Fork a process for each line on stdin, ``[job, path]``, and tell its pid."""
+    warm_up()
     requests, answers = sys.stdin, sys.stdout
     while line := requests.readline():
         job, path, number = json.loads(line)
@@ -250,6 +248,17 @@ def serve() -> None:
         os.waitpid(pid, 0)
         answers.write("gone\n")
         answers.flush()
+
+
+def warm_up() -> None:
+    """Do every job once, so that none has to import anything."""
+    for job in JOBS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "store"
+            with new_store(path, SMALL) as store:
+                for key in KEYS:
+                    put(store, key, manifest=SMALL)
+            job(path, Done())
 
 
 def _work(job: Callable[[Path, Done], None], path: Path, link: socket.socket) -> None:
