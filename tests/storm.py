@@ -59,6 +59,8 @@ COMMON: Final = [bytes([0x55, n]) * 16 for n in range(64)]
 PATIENCE: Final = 30.0
 AWAY: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV})
 """What a mount says whose keeper is gone."""
+PACE: Final = (0.0, 0.1)
+"""Seconds between two chunks of a writer: a check reads every header."""
 CALM: Final = (0.01, 0.12)
 """Seconds between two kills: at least, and at most."""
 
@@ -146,6 +148,7 @@ class Storm:
                     time.sleep(0.005)
                 else:
                     self.tell("acks", key)
+                time.sleep(r.uniform(*PACE))
 
     def _put(self, client: Client, key: bytes) -> None:
         manifest = space_of(key)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mounted import needs_mount
 from tests.storm import Order, Report
-from tests.torture import LONG, SEED, size, torture
+from tests.torture import LONG, SEED, report, size, torture
 
 pytestmark = torture()
 
@@ -38,10 +38,10 @@ def storms(folder: Path, mount: Path | None) -> None:
     kills = acks = reads = 0
     while kills < KILLS:
         seed = SEED + kills
-        report = storm(folder / str(kills), seed, min(ROUND, KILLS - kills), mount)
-        assert not report.errors, f"seed {seed}: " + "\n".join(report.errors[:20])
-        kills, acks, reads = kills + sum(report.kills.values()), acks + report.acks, reads + report.reads
-        report(f"seed {seed}: {report.kills}, {report.acks} acknowledged, {report.reads} read")
+        told = storm(folder / str(kills), seed, min(ROUND, KILLS - kills), mount)
+        assert not told.errors, f"seed {seed}: " + "\n".join(told.errors[:20])
+        kills, acks, reads = kills + sum(told.kills.values()), acks + told.acks, reads + told.reads
+        report(f"seed {seed}: {told.kills}, {told.acks} acknowledged, {told.reads} read")
     report(f"{kills} kills, {acks} acknowledged, {reads} chunks read: 0 wrong, 0 lost")
     assert acks >= (20_000 if LONG else 500)
     assert reads >= 500
