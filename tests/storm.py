@@ -61,6 +61,8 @@ AWAY: Final = frozenset({errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV})
 """What a mount says whose keeper is gone."""
 PACE: Final = (0.0, 0.1)
 """Seconds between two chunks of a writer: a check reads every header."""
+REST: Final = (0.0, 0.01)
+"""Seconds between two reads of a reader."""
 CALM: Final = (0.01, 0.12)
 """Seconds between two kills: at least, and at most."""
 
@@ -179,6 +181,7 @@ class Storm:
                         self.wrong(f"phantom: {key.hex()} was acknowledged and is not there")
                 else:
                     self.tell("reads", b".")
+                time.sleep(r.uniform(*REST))
 
     def _by_lease(self, client: Client, key: bytes) -> None:
         manifest = space_of(key)

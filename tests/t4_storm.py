@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mounted import needs_mount
 from tests.storm import Order, Report
-from tests.torture import LONG, SEED, report, size, torture
+from tests.torture import SEED, report, size, torture
 
 pytestmark = torture()
 
@@ -43,7 +43,7 @@ def storms(folder: Path, mount: Path | None) -> None:
         kills, acks, reads = kills + sum(told.kills.values()), acks + told.acks, reads + told.reads
         report(f"seed {seed}: {told.kills}, {told.acks} acknowledged, {told.reads} read")
     report(f"{kills} kills, {acks} acknowledged, {reads} chunks read: 0 wrong, 0 lost")
-    assert acks >= (20_000 if LONG else 500)
+    assert acks >= 8 * KILLS
     assert reads >= 500
 
 
