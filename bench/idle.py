@@ -95,7 +95,7 @@ def measure(store: Path, settle: float, seconds: float) -> dict[str, tuple[float
         point = Path(folder) / "mnt"
         point.mkdir()
         begun = time.monotonic()
-        keeper.mount(store, point, config=Config(scrub_rate=None), transport="kernel")
+        keeper.mount(store, point, config=Config(), transport="kernel")
         print(f"answers after {time.monotonic() - begun:.2f} s", flush=True)
         try:
             pids = daemon_of(store.resolve())

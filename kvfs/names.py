@@ -24,7 +24,9 @@ _NS = re.compile(r"[0-9a-f]{64}")
 _LEAF = re.compile(r"[0-9a-f]{3}")
 _TEMP = re.compile(r"[0-9a-f]{32}")
 _DERIVED = re.compile(r"(?:daemon|index|quality|scrub|verified|written)\..+", re.DOTALL)
-_NAME = re.compile(r"([0-9a-f]{64})\.((?:full|mla|(?:swa|chunked)[1-9][0-9]{0,6})\.h[0-9]{1,2})\.safetensors")
+_NAME = re.compile(
+    r"([0-9a-f]{64})\.((?:full|mla|(?:swa|chunked)[1-9][0-9]{0,6})\.h(?:[0-9]|[1-5][0-9]|6[0-3]))\.safetensors"
+)
 
 
 def part_name(key: bytes, part: PartId) -> str:

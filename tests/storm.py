@@ -28,7 +28,15 @@ from kvfs.daemon.evict import Evictor
 from kvfs.daemon.fuse import connection
 from kvfs.daemon.leases import Leases
 from kvfs.daemon.policy import POLICIES
-from kvfs.errors import ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, NamespaceNotFound, StoreFull
+from kvfs.errors import (
+    ChunkNotFound,
+    DaemonUnavailable,
+    DeadlineExceeded,
+    KvfsError,
+    NamespaceNotFound,
+    StoreBusy,
+    StoreFull,
+)
 from kvfs.fsck import Fsck
 from kvfs.identity import GroupKind, Manifest
 from kvfs.index import Index
@@ -232,10 +240,7 @@ class Storm:
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(0.02)
-        with Fsck(self.path) as fsck:
-            for finding in fsck.run():
-                if finding.is_damage:
-                    self.wrong(f"fsck: {finding}")
+        self._fsck()
 
     # --- the supervisor ---
 
@@ -307,11 +312,24 @@ class Storm:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
         until(lambda: not processes(self.path))
+        until(self._is_free)
+        self._fsck()
+        self.mount()
+
+    def _is_free(self) -> bool:
+        """Whether the dead daemon's lock is gone: a process has no name any more while it still closes its files."""
+        with Store.open(self.path) as store:
+            try:
+                store.lock_daemon("a storm")
+            except StoreBusy:
+                return False
+            return True
+
+    def _fsck(self) -> None:
         with Fsck(self.path) as fsck:
             for finding in fsck.run():
                 if finding.is_damage:
                     self.wrong(f"fsck: {finding}")
-        self.mount()
 
     def _check(self) -> None:
         self.start(self.check)

@@ -138,8 +138,12 @@ def promises(job: str, path: Path, done: Done | None, lied: bool = False) -> Non
 def unreadable(path: Path) -> set[bytes]:
     """Keys of parts that the disk would not give (EIO), which were put away: a miss, and no data lost."""
     with Store.open(path) as store:
-        notes = [store.lost.note(each.name) for each in store.lost.entries() if each.reason == "unreadable"]
-    return {bytes.fromhex(note["key"]) for note in notes}
+        lost = [
+            re.search(r"([0-9a-f]{64})\.full", each.name)
+            for each in store.lost.entries()
+            if each.reason == "unreadable"
+        ]
+    return {bytes.fromhex(found[1]) for found in lost if found}
 
 
 def register_goes_on(path: Path, acks: list[str]) -> None:

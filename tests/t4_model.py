@@ -491,7 +491,7 @@ def test_a_mounted_store_is_a_dictionary(tmp_path: Path, mountpoint: Path) -> No
         "namespace_budgets": (("bounded", Amount(BOUND * CHUNK, 0.0)),),
         "write_budget": None,
         "snapshot_interval": 1.0,
-        "scrub_rate": None,
+        "scrub_rate": 0,
         **NO_FLOOR,
     }
     with mounted(tmp_path / "kv", mountpoint, logs="died|damaged", **config), MountClient(mountpoint) as client:
