@@ -67,13 +67,18 @@ async def settle(store: Path, quiet: float = 1.5, limit: float = 60.0) -> None:
 
 
 async def measure(
-    peer: Peer, model: Path, lengths: list[int], count: int, work: Path, note: Callable[[str], None]
-) -> tuple[list[Sample], int]:
-    """Measure one peer in the folder ``work``. Return the samples and the bytes stored."""
+    peer: Peer,
+    model: Path,
+    lengths: list[int],
+    count: int,
+    work: Path,
+    samples: list[Sample],
+    note: Callable[[str], None],
+) -> int:
+    """Measure one peer in the folder ``work``, adding to ``samples``. Return the bytes stored."""
     store, log = work / peer.name, work / f"{peer.name}.log"
     plan = [(length, i, ids) for length in lengths for i, ids in enumerate(prompts(model, length, count))]
     computed: dict[tuple[int, int], int] = {}
-    samples: list[Sample] = []
 
     async def take(engine: Engine, column: str, length: int, i: int, ids: list[int]) -> Answer:
         answer = await engine.generate(ids)
@@ -102,7 +107,7 @@ async def measure(
                     await take(engine, "hot", length, i, ids)
                     await engine.forget()
                 await settle(store)
-    return samples, stored_bytes(store)
+    return stored_bytes(store)
 
 
 def table(samples: list[Sample], stored: dict[str, int]) -> str:
@@ -116,7 +121,8 @@ def table(samples: list[Sample], stored: dict[str, int]) -> str:
             taken = [s.ttft for s in here if s.column == column]
             cells.append(f"{statistics.median(taken):.3f}" if taken else "")
         loaded = [s.cached for s in here if s.column == "hot"]
-        cells += [str(int(statistics.median(loaded))) if loaded else "", f"{stored[name] / 1e6:.0f}"]
+        megabytes = f"{stored[name] / 1e6:.0f}" if name in stored else "its engine died"
+        cells += [str(int(statistics.median(loaded))) if loaded else "", megabytes]
         rows.append(f"| {PEERS[name].title} | {length} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -130,12 +136,11 @@ async def compare(
     for name in names:
         with tempfile.TemporaryDirectory(prefix="kvfs-bench-", ignore_cleanup_errors=True) as work:
             try:
-                taken, stored[name] = await measure(PEERS[name], model, lengths, count, Path(work), note)
-            except Exception:
+                stored[name] = await measure(PEERS[name], model, lengths, count, Path(work), samples, note)
+            except RuntimeError as e:  # its engine died; the others are measured all the same
                 log = Path(work) / f"{name}.log"
-                note("\n".join(log.read_text(errors="replace").splitlines()[-40:]) if log.exists() else "no log")
-                raise
-            samples += taken
+                note("\n".join(log.read_text(errors="replace").splitlines()[-200:]) if log.exists() else "no log")
+                note(f"{name}: {e}")
     return table(samples, stored), [asdict(s) for s in samples]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -53,6 +52,7 @@ def status_lines(target: Target, stats: dict[str, Any]) -> list[tuple[str, str]]
                 ", ".join(f"{count:,} {reason}" for reason, count in stats["quarantined"].items()) or "none",
             ),
             *eviction_lines(stats["eviction"]),
+            *compaction_lines(stats),
             ("scrub", scrub_line(stats["scrub"])),
         ]
     lost = stats["lost_found"]
@@ -73,6 +73,23 @@ def eviction_lines(eviction: dict[str, Any]) -> list[tuple[str, str]]:
     today = render.size(written) if limit is None else of_limit(written, limit)
     lines.append(("written", f"{today} in 24 h, {eviction['drive_writes_per_day']:.2g} drive writes a day"))
     return lines
+
+
+def compaction_lines(stats: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what the coded form saves, and which namespaces an operator lets lose more than was measured."""
+    made = stats["compaction"]
+    counts = ", ".join(f"{count:,} {form}" for form, count in made["chunks"].items()) or "none"
+    saved = f"; {render.size(max(0, made['saved']))} saved" if made["coded"] else ""
+    idle = "" if made["after"] is None else f", after {render.span(made['after'])} without use"
+    memory = made["hydrated"]
+    lines = [("compacted", f"{counts}{saved}{idle}")]
+    names = {each["ns"]: each["name"] or each["ns"][: render.SHORT] for each in stats["namespaces"]}
+    lines += [
+        ("", f"{names[each['ns']]} to {each['level']}, forced by the operator")
+        for each in made["namespaces"]
+        if each["forced"]
+    ]
+    return [*lines, ("decoded", f"{of_limit(memory['bytes'], memory['limit'])} of memory")]
 
 
 def of_limit(used: int, limit: int) -> str:
@@ -212,18 +229,18 @@ def show(key: str, at: Path | None, as_json: bool) -> None:
 
 def part_json(target: Target, ns: bytes, key: bytes, part: PartId) -> dict[str, Any]:
     """Return what the header of a part says, or why it cannot be read."""
-    from kvfs.chunk import open_part
+    from kvfs.coded import open_stored
 
     try:
-        file = open_part(target.store.open_part(ns, key, part), target.store.manifest(ns), key, part)
+        file = open_stored(target.store, ns, key, part)
     except ChunkNotFound:
         return {"error": "missing"}
     except ChunkCorrupt as error:
         return {"error": str(error), "reason": error.reason}
     with file:
-        header, size = file.header, os.fstat(file.fd).st_size
+        header = file.header
     return {
-        "bytes": size,
+        "bytes": target.stored(ns, key, part),
         "parent": header.meta.parent.hex(),
         "position": header.meta.position,
         "tokens": header.meta.tokens,

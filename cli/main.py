@@ -8,7 +8,7 @@ import os
 import click
 
 import kvfs
-from kvfs.cli import doctor, evict, explain, fsck, inspect, maintain, mount, quality, quarantine, setup, sim
+from kvfs.cli import compact, doctor, evict, explain, fsck, inspect, maintain, mount, quality, quarantine, setup, sim
 from kvfs.cli.boundary import Group
 
 
@@ -38,6 +38,7 @@ for command in (
     quarantine.quarantine,
     maintain.retire,
     evict.evict,
+    compact.compact,
     evict.pin,
     evict.unpin,
     sim.sim,

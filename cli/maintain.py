@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import random
 import re
 import secrets
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from kvfs.client import Client
     from kvfs.identity import PartId
 
 
@@ -29,12 +27,13 @@ REPORT = 60.0
 
 
 class Suspect(NamedTuple):
-    """One part to be checked; ``size`` in bytes."""
+    """One file of a part to be checked; ``size`` in bytes."""
 
     ns: bytes
     key: bytes
     part: PartId
     size: int
+    coded: bool
 
 
 @click.command(short_help="Read every part and check it; put damaged ones away.")
@@ -97,7 +96,8 @@ def sweep(target: Target, suspects: list[Suspect], dry_run: bool) -> list[dict[s
     damaged = []
     for suspect, error in check(target, suspects):
         with target.client() as client:
-            moved = not dry_run and put_away(target, client, suspect, error)
+            # A daemon that met the damage was quicker, or puts it away now.
+            moved = not dry_run and client.report(suspect.ns, suspect.key, suspect.part, error.reason, REPORT)
         damaged.append(
             {
                 "ns": suspect.ns.hex(),
@@ -115,33 +115,25 @@ def parts_of(target: Target, ns: bytes) -> Iterator[Suspect]:
     """Yield every part of a namespace."""
     for found in target.store.scan(ns):
         with contextlib.suppress(FileNotFoundError):
-            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size)
+            yield Suspect(ns, found.key, found.part, found.entry.stat(follow_symlinks=False).st_size, found.coded)
 
 
 def check(target: Target, suspects: list[Suspect]) -> Iterator[tuple[Suspect, ChunkCorrupt]]:
     """Read all parts; yield those that are damaged, with what is wrong."""
     from kvfs.chunk import open_part
+    from kvfs.coded import open_coded
 
     store = target.store
     for suspect in render.progress(suspects, "checking", lambda suspect: suspect.size):
         try:
-            fd = store.open_part(suspect.ns, suspect.key, suspect.part)
-            with open_part(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
+            fd = store.open_part(suspect.ns, suspect.key, suspect.part, suspect.coded)
+            opened = open_coded if suspect.coded else open_part
+            with opened(fd, store.manifest(suspect.ns), suspect.key, suspect.part) as file:
                 file.verify()
         except ChunkNotFound:  # removed meanwhile
             continue
         except ChunkCorrupt as error:
             yield suspect, error
-
-
-def put_away(target: Target, client: Client, suspect: Suspect, error: ChunkCorrupt) -> bool:
-    """Have a damaged part checked again and moved to lost+found; tell whether it is gone from its place."""
-    from kvfs.names import part_path
-
-    ns, key, part, _ = suspect
-    with contextlib.suppress(ChunkNotFound):  # a daemon that met the damage was quicker
-        client.report(ns, key, part, error.reason, timeout=REPORT)
-    return not os.path.lexists(target.path / ns.hex() / part_path(key, part))
 
 
 def show_report(report: dict[str, Any]) -> None:

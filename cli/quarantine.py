@@ -89,12 +89,14 @@ def show(name: str, at: Path | None, as_json: bool) -> None:
 def header(store: Store, entry: Kept) -> str:
     """Return what the header of a damaged part says, or what is wrong with it."""
     from kvfs.chunk import read_header
+    from kvfs.coded import read_coded_header
+    from kvfs.names import CODED
 
     if not entry.is_part:
         return ""
     fd = store.lost.open(entry.name)
     try:
-        meta = read_header(fd).meta
+        meta = (read_coded_header if f"{CODED}." in entry.name else read_header)(fd).meta
     except ChunkCorrupt as error:
         return f"{error.reason}: {error.args[2]}"
     finally:

@@ -38,7 +38,7 @@ at_option = click.option(
 
 @dataclass(frozen=True)
 class Chunk:
-    """What is stored under one key: bytes by part, uses, and the time of the last one (Unix seconds, 0: never)."""
+    """What is stored under one key: bytes on disk by part, uses, time of the last one (Unix seconds, 0: never)."""
 
     key: bytes
     parts: dict[PartId, int]
@@ -56,10 +56,10 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Usage:
-    """What is remembered of a chunk besides its files; tokens are 0 where nobody has looked."""
+    """What is remembered of a chunk besides its files; tokens are 0 and the form is empty where nobody has looked."""
 
     tokens: int = 0
-    form: str = "raw"
+    form: str = ""
     hits: int = 0
     last: float = 0.0
     pinned: bool = False
@@ -139,32 +139,41 @@ class Target:
 
     def chunks(self, ns: bytes, leaf: str | None = None) -> list[Chunk]:
         """Return the chunks of a namespace (or of one of its leaf folders), the last used first."""
-        parts: dict[bytes, dict[PartId, int]] = defaultdict(dict)
+        parts: dict[bytes, set[PartId]] = defaultdict(set)
         for found in self.store.scan(ns) if leaf is None else self.store.scan_leaf(ns, leaf):
-            with contextlib.suppress(FileNotFoundError):
-                parts[found.key][found.part] = found.entry.stat(follow_symlinks=False).st_size
+            parts[found.key].add(found.part)
         chunks = []
-        for key, sizes in parts.items():
-            part = min(sizes)
+        for key, present in parts.items():
+            part = min(present)
             usage = self.remember(ns, key, part)
-            tokens = usage.tokens or self.tokens(ns, key, part)
-            chunks.append(Chunk(key, sizes, tokens, usage.form, usage.hits, usage.last, usage.pinned))
+            known = usage.tokens and usage.form
+            tokens, form = (usage.tokens, usage.form) if known else self.header(ns, key, part)
+            sizes = {each: self.stored(ns, key, each) for each in present}
+            chunks.append(Chunk(key, sizes, tokens, form, usage.hits, usage.last, usage.pinned))
         return sorted(chunks, key=lambda chunk: (-chunk.last, chunk.key))
 
-    def tokens(self, ns: bytes, key: bytes, part: PartId) -> int:
-        """Read the number of tokens from the header of a part; 0 if it has none that can be read."""
-        from kvfs import chunk
+    def stored(self, ns: bytes, key: bytes, part: PartId) -> int:
+        """Return the bytes that a part takes on disk, in all its forms; 0 if it is gone meanwhile."""
+        from kvfs.names import part_path
+
+        folder, size = self.path / ns.hex(), 0
+        with contextlib.suppress(FileNotFoundError):
+            if self.mounted:
+                return int(os.getxattr(folder / part_path(key, part), "user.kvfs.stored"))
+        for coded in (False, True):
+            with contextlib.suppress(FileNotFoundError):
+                size += os.lstat(folder / part_path(key, part, coded)).st_size
+        return size
+
+    def header(self, ns: bytes, key: bytes, part: PartId) -> tuple[int, str]:
+        """Read the number of tokens of a part and its form; 0 if it has no header that can be read."""
+        from kvfs.coded import open_stored
 
         try:
-            fd = self.store.open_part(ns, key, part)
+            with open_stored(self.store, ns, key, part) as file:
+                return file.header.meta.tokens, file.header.form
         except (ChunkNotFound, ChunkCorrupt):
-            return 0
-        try:
-            return chunk.read_header(fd).meta.tokens
-        except ChunkCorrupt:
-            return 0
-        finally:
-            os.close(fd)
+            return 0, "raw"
 
 
 def only(found: list[bytes], word: str) -> bytes:
@@ -184,7 +193,7 @@ def from_snapshot(store: Store) -> Remember:
 
     def remember(ns: bytes, key: bytes, _: PartId) -> Usage:
         row = index.get(ns, key)
-        return Usage(row.tokens, hits=row.hits, last=row.last, pinned=row.pinned) if row else Usage()
+        return Usage(row.tokens, "raw" if row.raw else "", row.hits, row.last, row.pinned) if row else Usage()
 
     return remember
 

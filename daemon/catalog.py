@@ -4,6 +4,7 @@ The filesystem view and the control socket both work on it; nothing else changes
 """
 
 import contextlib
+import functools
 import logging
 import os
 import socket
@@ -13,8 +14,11 @@ from typing import Any
 
 from kvfs import retired
 from kvfs.chunk import PartMeta
+from kvfs.codec import Level
 from kvfs.config import Config
+from kvfs.daemon import coder
 from kvfs.daemon.admission import Admission
+from kvfs.daemon.compact import Compactor, Make, Swept
 from kvfs.daemon.evict import Evictor, Freed
 from kvfs.daemon.figures import figures
 from kvfs.daemon.leases import Leases
@@ -23,10 +27,12 @@ from kvfs.daemon.trace import Trace
 from kvfs.daemon.wear import Wear
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
 from kvfs.explain import Known, explain
+from kvfs.hydrate import Area
 from kvfs.identity import Manifest, PartId
 from kvfs.index import Index
 from kvfs.metrics import Metrics
 from kvfs.names import parse_part_name
+from kvfs.reader import Reader
 from kvfs.store import Store, Temp
 from kvfs.verify import Opened, Verifier
 
@@ -35,8 +41,8 @@ __all__ = ["Catalog", "Listener"]
 log = logging.getLogger(__name__)
 
 Listener = Callable[[str, bytes, bytes | None, PartId | None], None]
-"""``listener(event, ns, key, part)``; events are ``registered`` and ``retired`` (of a namespace), ``added`` and
-``removed`` (of a part)."""
+"""``listener(event, ns, key, part)``; events are ``registered`` and ``retired`` (of a namespace), ``added``,
+``removed`` and ``changed`` (of a part; the last: it is another file now)."""
 
 
 class Catalog:
@@ -44,14 +50,17 @@ class Catalog:
 
     A new catalog has read the snapshot of the index, or else listed the store; after a snapshot, call `reconcile`
     soon (`Watcher` does).  ``resumed``: it takes the place of a worker that died, whose clients are about to claim
-    again what they hold.
+    again what they hold.  ``make`` codes parts elsewhere (`kvfs.daemon.coder.Coder`) rather than in this process.
     """
 
-    def __init__(self, store: Store, config: Config, metrics: Metrics, resumed: bool = False) -> None:
+    def __init__(
+        self, store: Store, config: Config, metrics: Metrics, resumed: bool = False, make: Make | None = None
+    ) -> None:
         self.store, self.config, self.metrics = store, config, metrics
         self.index = Index(store, POLICIES[config.policy])
         self.leases = Leases(resumed)
         self.verifier = Verifier(store, always=config.verify == "always")
+        self.reader = Reader(self.verifier, Area(config.hydrate_limit), self.lost)
         self._verified_path = store.derived / f"verified.{socket.gethostname()}"
         self._listeners: list[Listener] = []
         self.last_use = 0.0
@@ -61,15 +70,19 @@ class Catalog:
         self.verifier.load(self._verified_path)
         if not self.index.load():
             self.index.reconcile()
-        self.evictor = Evictor(store, self.index, self.leases, config, self._evicted, self._lost)
+        self.evictor = Evictor(store, self.index, self.leases, config, self._evicted, self.lost)
         daily = config.write_budget and config.write_budget.of(self.evictor.total)
         self.wear = Wear(store.derived / f"written.{socket.gethostname()}", daily)
         self.admission = Admission(self.verifier, self.evictor, self.wear, metrics)
+        self.compactor = Compactor(self, make or functools.partial(coder.make, store))
         self._trace = Trace(config.trace) if config.trace else None
         metrics.budget.set_function(lambda: self.evictor.accounts[-1].limit)
         metrics.written.set_function(self.wear.today)
         metrics.chunks.set_function(lambda: self.index.totals()[0])
-        metrics.bytes.labels("raw").set_function(lambda: self.index.totals()[1])
+        metrics.bytes.labels("raw").set_function(lambda: self.index.forms().raw)
+        metrics.bytes.labels("coded").set_function(lambda: self.index.forms().coded)
+        metrics.saved.set_function(lambda: self.index.forms().saved)
+        metrics.hydrated.set_function(lambda: self.reader.area.used)
         metrics.leases.set_function(lambda: len(self.leases))
         metrics.lost_bytes.set_function(lambda: store.lost.totals()[1])
 
@@ -77,7 +90,8 @@ class Catalog:
         """Call ``listener`` after each change, from the thread that made it.  It must be quick and not raise."""
         self._listeners.append(listener)
 
-    def _tell(self, event: str, ns: bytes, key: bytes | None = None, part: PartId | None = None) -> None:
+    def tell(self, event: str, ns: bytes, key: bytes | None = None, part: PartId | None = None) -> None:
+        """Let the listeners know of a change."""
         for listener in self._listeners:
             listener(event, ns, key, part)
 
@@ -92,8 +106,10 @@ class Catalog:
                 log.warning("no snapshot in %s: %s; the next start will list the store", self.store.derived, e.strerror)
 
     def close(self) -> None:
-        """End the evictor, save, and close the trace."""
+        """End the evictor and the compactor, save, and close the trace."""
         self.evictor.close()
+        self.compactor.close()
+        self.reader.area.close()
         self.save()
         if self._trace:
             self._trace.close()
@@ -111,34 +127,33 @@ class Catalog:
         return masks
 
     def open_part(self, ns: bytes, key: bytes, part: PartId, verify: bool = True) -> int:
-        """A read-only descriptor of a part.
+        """A read-only descriptor of the raw form of a part, decoded if it is stored in its coded form.
 
         With ``verify`` a part not known to be whole is read in full first, and put into quarantine if it is not:
-        ChunkCorrupt.  ChunkNotFound.
+        ChunkCorrupt.
         """
+        return self.show(ns, key, part, verify).fd
+
+    def show(
+        self, ns: bytes, key: bytes, part: PartId, verify: bool = True, before_slow: Callable[[], None] = lambda: None
+    ) -> Opened:
+        """As `open_part`; ``before_slow`` is called before a part is read in full or decoded."""
         self.last_use = time.monotonic()
-        return self._open(ns, key, part, verify)
+        opened = self.reader.open(ns, key, part, before_slow=before_slow)
+        if verify and not opened.verified:
+            before_slow()
+            with self.metrics.verify_seconds.time():
+                self.reader.verify(opened, ns, key, part)
+        return opened
 
-    def _open(self, ns: bytes, key: bytes, part: PartId, verify: bool, again: bool = False) -> int:
-        try:
-            opened = self.verifier.open(ns, key, part)
-            try:
-                if again or (verify and not opened.verified):
-                    with self.metrics.verify_seconds.time():
-                        self.verifier.check(opened.fd, ns, key, part)
-            except BaseException:
-                os.close(opened.fd)
-                raise
-        except (ChunkNotFound, ChunkCorrupt) as e:
-            self._lost(ns, key, part, e)
-            raise
-        return opened.fd
+    def lease(
+        self, holder: Hashable, lease: int, ns: bytes, refs: Sequence[tuple[bytes, PartId]], coded: bool = False
+    ) -> list[Opened]:
+        """Open parts, and claim their chunks for ``holder`` under its number ``lease``; all or none.  ``coded``: the
+        holder takes a part in its coded form where there is no raw one; otherwise that is decoded for it.
 
-    def lease(self, holder: Hashable, lease: int, ns: bytes, refs: Sequence[tuple[bytes, PartId]]) -> list[Opened]:
-        """Open parts, and claim their chunks for ``holder`` under its number ``lease``; all or none.
-
-        ChunkNotFound for the first that is missing, ChunkCorrupt; whether a part is whole is for the reader to
-        check unless it is known.
+        ChunkNotFound for the first that is missing, ChunkCorrupt, StoreBusy if there is no memory to decode it now;
+        whether a part is whole is for the reader to check unless it is known.
         """
         self.last_use = time.monotonic()
         keys = list(dict.fromkeys(key for key, _ in refs))
@@ -146,13 +161,11 @@ class Catalog:
         opened: list[Opened] = []
         try:
             for key, part in refs:
-                opened.append(self.verifier.open(ns, key, part))
-        except BaseException as e:
+                opened.append(self.reader.open(ns, key, part, coded))
+        except BaseException:
             self.leases.release(holder, lease)
             for o in opened:
                 os.close(o.fd)
-            if isinstance(e, ChunkNotFound | ChunkCorrupt):
-                self._lost(ns, *refs[len(opened)], e)
             raise
         self.index.touch(ns, keys)
         self.metrics.leased_bytes.inc(sum(o.size for o in opened))
@@ -163,13 +176,16 @@ class Catalog:
         self.leases.grant(holder, lease, ns, keys)
         return self.index.masks(ns, keys).count(0)
 
-    def report(self, holder: Hashable, ns: bytes, key: bytes, part: PartId, reason: str | None) -> None:
-        """What a reader found: None if the part is whole, which only one who holds it can say."""
+    def report(self, holder: Hashable, ns: bytes, key: bytes, part: PartId, reason: str | None) -> bool:
+        """What a reader found: None if the part is whole, which only one who holds it can say.  True if
+        nothing damaged is left in its place: it was moved to quarantine, or is gone."""
         if reason is not None:
-            self.damaged(ns, key, part, reason)
+            if self.damaged(ns, key, part, reason):
+                return not self.config.read_only
         elif self.leases.holds(holder, ns, key):
             with contextlib.suppress(ChunkNotFound):  # removed meanwhile
                 self.verifier.vouch(ns, key, part)
+        return not self.store.masks(ns, [key])[0] & self.store.manifest(ns).bit(part)
 
     def touch(self, ns: bytes, keys: Sequence[bytes]) -> None:
         """Count chunks as used now."""
@@ -178,33 +194,37 @@ class Catalog:
     # --- damage ---
 
     def damaged(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
-        """Somebody found a part damaged.  Check it; True if it is, and has been moved to quarantine."""
-        try:
-            os.close(self._open(ns, key, part, verify=True, again=True))
-        except ChunkNotFound:
-            return False
-        except ChunkCorrupt:
-            return True
+        """Somebody found a part damaged.  Check its files; True if one is, and has been moved to quarantine."""
+        found = self.verifier.recheck(ns, key, part)
+        damage = {coded: error for coded, error in found.items() if error is not None}
+        for coded, error in damage.items():
+            self.lost(ns, key, part, error, coded)
+        if damage or not found:
+            return bool(damage)
         log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
         return False
 
-    def _lost(self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt) -> None:
-        """What turned out to be missing or damaged is no longer shown to anyone."""
+    def lost(
+        self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool = False
+    ) -> None:
+        """What turned out to be missing or damaged, in one form, is no longer shown to anyone."""
         if isinstance(error, ChunkCorrupt):
             if not self.config.read_only:
                 purged = self.store.lost.purged
-                self.verifier.quarantine(ns, key, part, error)
+                self.verifier.quarantine(ns, key, part, error, coded)
                 self.metrics.purged.inc(self.store.lost.purged - purged)
             self.metrics.quarantined.labels(error.reason).inc()
             log.warning("%s; it is in lost+found", error)
-        self._vanished(ns, key, part)
+        self._vanished(ns, key, part, coded)
 
-    def _vanished(self, ns: bytes, key: bytes, part: PartId) -> None:
-        if self.index.masks(ns, [key])[0] & self.store.manifest(ns).bit(part):
-            row = self.index.get(ns, key)
-            size = row.size // max(1, row.mask.bit_count()) if row else 0
-            self.index.discard(ns, key, part, size)
-            self._tell("removed", ns, key, part)
+    def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
+        """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
+        row = self.index.get(ns, key)
+        is_gone = self.index.discard(ns, key, part, coded=coded)
+        if is_gone:
+            self.tell("removed", ns, key, part)
+        elif not coded and row is not None and row.raw & self.store.manifest(ns).bit(part):
+            self.tell("changed", ns, key, part)
 
     # --- writing ---
 
@@ -221,7 +241,7 @@ class Catalog:
             except NamespaceNotFound:
                 self._writable()
                 self.index.register(self.store.register(manifest, info))
-            self._tell("registered", ns)
+            self.tell("registered", ns)
         return ns
 
     def reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Temp:
@@ -262,17 +282,17 @@ class Catalog:
             raise IdentityError(f"{name!r} is not the name of a part (<key>.<kind>.h<slice>.safetensors)")
         return self.publish_file(ns, temp, *named)
 
-    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta) -> None:
-        if self.index.add(ns, key, part, size, meta):
-            self._tell("added", ns, key, part)
+    def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta, coded: bool = False) -> None:
+        if self.index.add(ns, key, part, size, meta, coded):
+            self.tell("added", ns, key, part)
 
     def remove_chunk(self, ns: bytes, key: bytes) -> bool:
         """Remove all parts of a chunk; False if there were none.  StoreBusy while it is leased."""
         self._writable()
         manifest, [mask] = self.store.manifest(ns), self.index.masks(ns, [key])
         with self.leases.removing(ns, key):
+            self.index.discard(ns, key)  # first: what is being compacted would come back
             self.store.remove(ns, key, manifest.parts)
-            self.index.discard(ns, key)
         self._gone(ns, key, mask, "request")
         return mask != 0
 
@@ -281,7 +301,7 @@ class Catalog:
         for part in manifest.parts:
             if mask & manifest.bit(part):
                 self.metrics.removed.labels(reason).inc()
-                self._tell("removed", ns, key, part)
+                self.tell("removed", ns, key, part)
 
     def _evicted(self, ns: bytes, key: bytes, mask: int, reason: str) -> None:
         self.metrics.evicted.labels(reason).inc()
@@ -291,6 +311,16 @@ class Catalog:
         """Remove the least useful chunks, of one namespace or all, until ``nbytes`` are free or none may go."""
         self._writable()
         return self.evictor.evict(self.index.namespaces() if ns is None else [ns], nbytes, "request")
+
+    def sweep(self, ns: bytes | None, idle: float | None, seconds: float) -> Swept:
+        """Compact what was not used for a while: see `Compactor.sweep`."""
+        self._writable()
+        return self.compactor.sweep(ns, idle, seconds)
+
+    def force(self, ns: bytes, level: Level) -> None:
+        """Have a namespace compacted to ``level``: see `Compactor.force`."""
+        self._writable()
+        self.compactor.force(ns, level)
 
     def pin(self, ns: bytes, key: bytes, pinned: bool) -> None:
         """Keep a chunk, and what comes before it in its text, from eviction, or end that; ChunkNotFound.  Remembered in
@@ -308,7 +338,7 @@ class Catalog:
             self.store.retire(ns)
             self.index.forget(ns)
         self.metrics.removed.labels("retired").inc(chunks)
-        self._tell("retired", ns)
+        self.tell("retired", ns)
         return chunks
 
     # --- behind our back ---
@@ -318,13 +348,13 @@ class Catalog:
         the dead left: temp files, and namespaces that were being retired."""
         known = set(self.index.namespaces())
         counts = self.index.reconcile(
-            lambda ns, key, part, appeared: self._tell("added" if appeared else "removed", ns, key, part)
+            lambda ns, key, part, appeared: self.tell("added" if appeared else "removed", ns, key, part)
         )
         present = set(self.index.namespaces())
         for ns in known - present:
-            self._tell("retired", ns)
+            self.tell("retired", ns)
         for ns in present - known:
-            self._tell("registered", ns)
+            self.tell("registered", ns)
         if not self.config.read_only:
             with contextlib.suppress(OSError):
                 retired.clear(self.store.derived)
@@ -333,14 +363,14 @@ class Catalog:
                     self.store.reap_temps(ns)
         return counts
 
-    def refresh(self, ns: bytes, key: bytes, part: PartId) -> None:
-        """A part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
+    def refresh(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> None:
+        """A file of a part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
         try:
-            header, size = self.verifier.peek(ns, key, part)
+            meta, size = self.verifier.peek(ns, key, part, coded)
         except (ChunkNotFound, ChunkCorrupt):
-            self._vanished(ns, key, part)
+            self._vanished(ns, key, part, coded)
         else:
-            self._appeared(ns, key, part, size, header.meta)
+            self._appeared(ns, key, part, size, meta, coded)
 
     # --- asking ---
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import kvfs
+from kvfs import codec
 from kvfs.daemon.catalog import Catalog
 from kvfs.errors import (
     DaemonUnavailable,
@@ -43,6 +44,8 @@ IDLE = 120.0
 FRAME = 5.0
 """Seconds in which a frame that has begun arrives whole, and in which an answer is taken."""
 ACCEPT_PAUSE = 0.1
+SWEEP = 30
+"""Seconds, at most, that one request to compact is worked on."""
 
 Fields = dict[str, Any]
 Answer = tuple[Fields, list[int]]
@@ -203,14 +206,18 @@ class _Connection:
         masks = self.catalog.lookup(ns, split_keys(keys))
         return {"masks": struct.pack(f"<{len(masks)}Q", *masks)}, []
 
-    def _lease(self, ns: bytes, lease: int, keys: bytes, names: list[str], which: bytes) -> Answer:
+    def _lease(self, ns: bytes, lease: int, keys: bytes, names: list[str], which: bytes, coded: bool = False) -> Answer:
         wanted = split_keys(keys)
         if len(which) != len(wanted) or len(which) > MAX_FDS or any(i >= len(names) for i in which):
             raise ProtocolError("lease: keys and parts do not fit")
         parts = [PartId.parse(name) for name in names]
         refs = [(key, parts[i]) for key, i in zip(wanted, which, strict=True)]
-        opened = self.catalog.lease(self, lease, ns, refs)
-        return {"verified": bytes(o.verified for o in opened)}, [o.fd for o in opened]
+        opened = self.catalog.lease(self, lease, ns, refs, coded)
+        about = {
+            "verified": bytes(o.verified for o in opened),
+            "forms": bytes(codec.FORMS.index(o.form) for o in opened),
+        }
+        return about, [o.fd for o in opened]
 
     def _hold(self, ns: bytes, lease: int, keys: bytes) -> Answer:
         return {"missing": self.catalog.hold(self, lease, ns, split_keys(keys))}, []
@@ -223,8 +230,7 @@ class _Connection:
         return {}, []
 
     def _report(self, ns: bytes, key: bytes, part: str, reason: str | None = None) -> Answer:
-        self.catalog.report(self, ns, key, PartId.parse(part), reason)
-        return {}, []
+        return {"gone": self.catalog.report(self, ns, key, PartId.parse(part), reason)}, []
 
     def _reserve(self, ns: bytes, nbytes: int, key: bytes | None = None) -> Answer:
         if len(self._reserved) >= MAX_RESERVATIONS:
@@ -269,6 +275,21 @@ class _Connection:
         self._administer()
         freed = self.catalog.evict(ns, nbytes)
         return {"chunks": freed.chunks, "bytes": freed.bytes}, []
+
+    def _compact(self, seconds: int, idle: int | None = None, ns: bytes | None = None) -> Answer:
+        self._administer()
+        return self.catalog.sweep(ns, idle, min(seconds, SWEEP))._asdict(), []
+
+    def _plan(self, idle: int | None = None, ns: bytes | None = None, level: str | None = None) -> Answer:
+        self._administer()
+        return _document(
+            {"namespaces": self.catalog.compactor.plan(ns, idle, None if level is None else codec.level(level))}
+        )
+
+    def _force(self, ns: bytes, level: str) -> Answer:
+        self._administer()
+        self.catalog.force(ns, codec.level(level))
+        return {}, []
 
     def _pin(self, ns: bytes, key: bytes, pinned: bool) -> Answer:
         self._administer()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import itertools
 import logging
 import os
 import threading
@@ -75,9 +76,9 @@ class Freed(NamedTuple):
 class Evictor:
     """The accounts of one store, and a thread that keeps them in balance once it is started.
 
-    ``on_evicted(ns, key, mask, reason)`` hears of parts that are gone, ``on_lost(ns, key, part, error)`` of one that is
-    missing or damaged, and puts it away. Reasons are ``budget``, ``namespace``, ``space`` (too little of it is free),
-    ``ttl``, ``incomplete``, ``request``.
+    ``on_evicted(ns, key, mask, reason)`` hears of parts that are gone, ``on_lost(ns, key, part, error, coded)`` of one
+    that is missing or damaged, raw or coded, and puts it away. Reasons are ``budget``, ``namespace``, ``space`` (too
+    little of it is free), ``ttl``, ``incomplete``, ``request``.
     """
 
     def __init__(
@@ -87,11 +88,13 @@ class Evictor:
         leases: Leases,
         config: Config,
         on_evicted: Callable[[bytes, bytes, int, str], None],
-        on_lost: Callable[[bytes, bytes, PartId, ChunkNotFound | ChunkCorrupt], None],
+        on_lost: Callable[[bytes, bytes, PartId, ChunkNotFound | ChunkCorrupt, bool], None],
     ) -> None:
         self.store, self.index, self.leases, self.config = store, index, leases, config
         self._on_evicted, self._on_lost = on_evicted, on_lost
         self._verifier = Verifier(store)
+        self.relief: Callable[[Account, int], bool] = lambda _account, _used: False
+        """Asked with a budget that is exceeded and what is used of it: whether room is being made in another way."""
         self._sweeps: dict[bytes, int] = {}
         self._round = threading.Lock()
         self._wake, self._stopping = threading.Event(), False
@@ -159,6 +162,10 @@ class Evictor:
         """Bytes to keep free."""
         return self.config.min_free.of(self.total)
 
+    def spare(self) -> int:
+        """Bytes that may be used before too little is free."""
+        return self.free - int(self.floor() * END)
+
     def lacking(self, ns: bytes, nbytes: int, pending: int) -> str | None:
         """Which budget, or ``space``, has no room for ``nbytes`` more in a namespace, beside ``pending`` bytes that are
         being written; None if there is room."""
@@ -184,7 +191,7 @@ class Evictor:
         self.measure()
         for account in self.accounts:
             used = self.used(account)
-            if used > account.limit * self.config.high_watermark:
+            if used > account.limit * self.config.high_watermark and not self.relief(account, used):
                 self.evict(account.namespaces, used - int(account.limit * self.config.low_watermark), account.name)
         pressed, self._pressed = self._pressed, False
         wanted = int(self.index.totals()[1] * PRESSED) if pressed else 0
@@ -252,10 +259,11 @@ class Evictor:
         manifest, folder = self.store.manifest(ns), self.store.path / ns.hex()
         for key, mask in self.index.partial(ns, PARTIAL):
             with contextlib.suppress(StoreBusy), self.leases.removing(ns, key):
-                for part in manifest.parts:
+                for part, coded in itertools.product(manifest.parts, (False, True)):
                     if mask & manifest.bit(part):
                         with contextlib.suppress(FileNotFoundError):
-                            self.index.discard(ns, key, part, os.lstat(folder / part_path(key, part)).st_size)
+                            size = os.lstat(folder / part_path(key, part, coded)).st_size
+                            self.index.discard(ns, key, part, size, coded)
                 self._unlink(ns, key, mask, "incomplete")
 
     def _expire(self, ns: bytes) -> None:
@@ -267,11 +275,11 @@ class Evictor:
     def _learn(self, ns: bytes, count: int) -> bool:
         """Read headers of chunks that a listing has found; False if there are none left to read."""
         found = self.index.unlearnt(ns, count)
-        for key, part in found:
+        for key, part, coded in found:
             try:
-                header, _ = self._verifier.peek(ns, key, part)
+                meta, _ = self._verifier.peek(ns, key, part, coded)
             except (ChunkNotFound, ChunkCorrupt) as e:
-                self._on_lost(ns, key, part, e)
+                self._on_lost(ns, key, part, e, coded)
             else:
-                self.index.learn(ns, header.meta)
+                self.index.learn(ns, meta)
         return bool(found)

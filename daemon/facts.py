@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import errno
-import os
 from typing import TYPE_CHECKING, Final
 
-from kvfs import chunk
+from kvfs.coded import open_stored
 from kvfs.daemon.incoming import refusal
+from kvfs.daemon.shown import stored_files
 
 if TYPE_CHECKING:
     from kvfs.daemon.catalog import Catalog
     from kvfs.daemon.tree import Place
 
-NAMES: Final = tuple(f"user.kvfs.{name}" for name in ("form", "tokens", "hits", "last_hit", "leases", "pinned"))
+NAMES: Final = tuple(
+    f"user.kvfs.{name}" for name in ("form", "stored", "tokens", "hits", "last_hit", "leases", "pinned")
+)
 
 
 def fact(catalog: Catalog, place: Place, name: str) -> bytes:
-    """The value of one of `NAMES`: the form of the file; tokens, hits, time of the last hit (Unix seconds, 0 for
-    never), leases of its chunk, and 1 if that is pinned. ENODATA for a chunk that the index does not know."""
+    """The value of one of `NAMES`: the form of the part and the bytes of its files; tokens, hits, time of the last hit
+    (Unix seconds, 0 for never), leases of its chunk, and 1 if that is pinned. ENODATA for a chunk that the index does
+    not know."""
     row = catalog.index.get(place.ns, place.key)
     if row is None:
         raise refusal(errno.ENODATA)
     match name.rpartition(".")[2]:
         case "form":
-            return _header(catalog, place).form.encode()
+            with open_stored(catalog.store, place.ns, place.key, place.part) as file:
+                return file.header.form.encode()
+        case "stored":
+            files = stored_files(catalog.store, place.ns, place.key, place.part)
+            value = sum(st.st_size for st in files.values())
         case "tokens":
-            value = row.tokens or _header(catalog, place).meta.tokens
+            value = row.tokens or _tokens(catalog, place)
         case "hits":
             value = row.hits
         case "last_hit":
@@ -38,9 +45,6 @@ def fact(catalog: Catalog, place: Place, name: str) -> bytes:
     return str(value).encode()
 
 
-def _header(catalog: Catalog, place: Place) -> chunk.PartHeader:
-    fd = catalog.open_part(place.ns, place.key, place.part, verify=False)
-    try:
-        return chunk.read_header(fd, place.name)
-    finally:
-        os.close(fd)
+def _tokens(catalog: Catalog, place: Place) -> int:
+    with open_stored(catalog.store, place.ns, place.key, place.part) as file:
+        return file.header.meta.tokens

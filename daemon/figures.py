@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import kvfs
+from kvfs.codec import gate
 
 if TYPE_CHECKING:
     from kvfs.daemon.catalog import Catalog
@@ -33,6 +34,7 @@ def figures(catalog: Catalog) -> dict[str, Any]:
         "publishes": int(published.get("result=created", 0)),
         "drops": int(published.get("result=refused", 0)),
         "eviction": eviction(catalog, counted),
+        "compaction": compaction(catalog, counted),
         "quarantined": by_label(counted, "kvfs_quarantined_total"),
         "lost_found": {"entries": lost, "bytes": lost_bytes, "purged": int(counted["kvfs_quarantine_purged_total"])},
         "scrub": {
@@ -65,11 +67,33 @@ def eviction(catalog: Catalog, counted: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def compaction(catalog: Catalog, counted: dict[str, Any]) -> dict[str, Any]:
+    """What the forms take and save, in bytes; chunks by form; and how far each namespace may go."""
+    forms, area = catalog.index.forms(), catalog.reader.area
+    return {
+        "raw": forms.raw,
+        "coded": forms.coded,
+        "saved": forms.saved,
+        "chunks": forms.chunks,
+        "after": catalog.config.compact_after,
+        "namespaces": [compacted(catalog, ns) for ns in catalog.index.namespaces()],
+        "parts": by_label(counted, "kvfs_compacted_total"),
+        "heated": int(counted["kvfs_heated_total"]),
+        "hydrated": {"bytes": area.used, "limit": catalog.config.hydrate_limit, "decoded": area.decoded},
+    }
+
+
 def namespace(catalog: Catalog, ns: bytes) -> dict[str, Any]:
     """What one namespace is called and holds."""
     info = catalog.store.info(ns)
     chunks, size = catalog.index.totals(ns)
     return {"ns": ns.hex(), "name": info.get("name"), "revision": info.get("revision"), "chunks": chunks, "bytes": size}
+
+
+def compacted(catalog: Catalog, ns: bytes) -> dict[str, Any]:
+    """How far a namespace is compacted, whether an operator decided that, and what it saves."""
+    level, forced = catalog.compactor.target(ns), gate.allowed(catalog.store.derived, ns)[1]
+    return {"ns": ns.hex(), "level": level.name, "forced": forced, "saved": catalog.index.forms(ns).saved}
 
 
 def by_label(counted: dict[str, Any], name: str) -> dict[str, int]:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import array
 import contextlib
-import ctypes
 import logging
 import os
-import platform
 import socket
 import struct
 import threading
@@ -22,13 +20,18 @@ import msgpack
 
 from kvfs import _native, files
 from kvfs.chunk import open_part
+from kvfs.coded import CodedFile, open_coded
+from kvfs.daemon.idle import be_idle
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError
 from kvfs.names import is_leaf
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from kvfs.chunk import PartFile, PartLayout
+    import numpy as np
+    import numpy.typing as npt
+
+    from kvfs.chunk import PartFile
     from kvfs.daemon.catalog import Catalog
     from kvfs.store import Found
 
@@ -56,9 +59,6 @@ LEAST: Final = 256 << 10
 
 LEAVES: Final = 4096
 MAGIC: Final = b"kvfs-scrub/1\n"
-IOPRIO_SET: Final = {"x86_64": 251, "aarch64": 30, "riscv64": 30}
-"""Number of the system call, which has no function in libc."""
-
 Leaf = tuple[bytes, str]
 """Namespace and name of a leaf folder."""
 
@@ -143,12 +143,13 @@ class Scrubber:
 
     def _read_part(self, ns: bytes, found: Found) -> bool:
         """Read one part; False if it was stopped."""
-        catalog, (key, part, _) = self._catalog, found
+        catalog, (key, part, _, coded) = self._catalog, found
         try:
-            fd = catalog.verifier.open(ns, key, part).fd
+            fd = catalog.store.open_part(ns, key, part, coded)
             before = os.fstat(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no reading ahead: what it brings in would stay
-            with open_part(fd, catalog.store.manifest(ns), key, part) as file:
+            opened = open_coded if coded else open_part
+            with opened(fd, catalog.store.manifest(ns), key, part) as file:
                 if not self._compare(file):
                     return False
             catalog.verifier.mark(before)
@@ -159,16 +160,19 @@ class Scrubber:
                 catalog.metrics.scrub_damaged.inc()
         return True
 
-    def _compare(self, file: PartFile) -> bool:
+    def _compare(self, file: PartFile | CodedFile) -> bool:
         """Compare all checksums of a part, window by window; False if it was stopped.  ChunkCorrupt."""
-        layout, sums, start = file.header.layout, file.header.sums, file.header.data_start
-        for first, last in windows(layout):
-            bounds = layout.bounds[first : last + 1] - layout.bounds[first]
+        if isinstance(file, CodedFile):
+            cuts, sums, name = file.header.index.bounds, file.header.index.layer_sums, file.header.name
+        else:
+            cuts, sums, name = file.header.layout.bounds, file.header.sums, file.name
+        for first, last in windows(cuts):
+            bounds = cuts[first : last + 1] - cuts[first]
             if not self._turn(int(bounds[-1])):
                 return False
-            data = self._pread(file.fd, int(bounds[-1]), start + int(layout.bounds[first]), file.name)
+            data = self._pread(file.fd, int(bounds[-1]), file.header.data_start + int(cuts[first]), name)
             if _native.sums(data, bounds) != sums[8 * first : 8 * last]:
-                raise ChunkCorrupt(file.name, "checksum", f"one of the pieces {first} to {last - 1}")
+                raise ChunkCorrupt(name, "checksum", f"one of the pieces {first} to {last - 1}")
             self._catalog.metrics.scrub_bytes.inc(len(data))
         return True
 
@@ -234,19 +238,11 @@ class Scrubber:
         return {ns: of for ns, of in times.items() if len(of) == LEAVES}
 
 
-def windows(layout: PartLayout) -> Iterator[tuple[int, int]]:
-    """The pieces of a part in runs ``first``, ``last`` (excluded) of at most `WINDOW` bytes, but at least one piece."""
-    bounds = layout.bounds.tolist()
+def windows(cuts: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """The pieces between cuts in runs ``first``, ``last`` (excluded) of at most `WINDOW` bytes, at least one piece."""
+    bounds = cuts.tolist()
     first = 0
     for piece in range(1, len(bounds)):
         if piece + 1 == len(bounds) or bounds[piece + 1] - bounds[first] > WINDOW:
             yield first, piece
             first = piece
-
-
-def be_idle() -> None:
-    """Let this thread's reads and computations come after those of everyone else, where the kernel can do that."""
-    if (number := IOPRIO_SET.get(platform.machine())) is not None:
-        who_process, this_thread, class_idle = 1, 0, 3 << 13
-        ctypes.CDLL(None).syscall(number, who_process, this_thread, class_idle)
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

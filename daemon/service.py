@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvfs.config import to_toml
 from kvfs.daemon.catalog import Catalog
+from kvfs.daemon.coder import Coder
 from kvfs.daemon.control import ControlServer
 from kvfs.daemon.scrub import Scrubber
 from kvfs.daemon.view import View
@@ -31,11 +32,13 @@ class Service:
     def __init__(self, config: Config, resumed: bool) -> None:
         if config.store is None:
             raise ConfigError("no store is named")
+        self._coder = None if config.read_only else Coder(config.store)  # first: it forks, and there is no thread yet
         self.metrics = Metrics()
         self._config = config
         self._stop_metrics = self.metrics.serve(config.metrics_listen) if config.metrics_listen else None
         self._store = Store.open(config.store, config.durability)
-        self.catalog = Catalog(self._store, config, self.metrics, resumed)
+        make = None if self._coder is None else self._coder.make
+        self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
         self.view = View(self.catalog, config, to_toml(config, origins=True), socket_bound=resumed)
         self._watcher = Watcher(self.catalog)
         self._scrubber = Scrubber(self.catalog, config.scrub_rate)
@@ -44,6 +47,7 @@ class Service:
         self._watcher.start()
         if not config.read_only:
             self.catalog.evictor.start()
+            self.catalog.compactor.start()
         if config.scrub_rate:
             self._scrubber.start()
 
@@ -73,3 +77,5 @@ class Service:
         if self._stop_metrics is not None:
             self._stop_metrics()
         self._store.close()
+        if self._coder is not None:
+            self._coder.close()

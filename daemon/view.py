@@ -6,7 +6,6 @@ inode of the file in the store that a path shows now, 0 where there is none. Thr
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import grp
 import itertools
@@ -19,10 +18,11 @@ from typing import TYPE_CHECKING, Final
 
 from kvfs.daemon import facts, tree
 from kvfs.daemon.incoming import Incoming, refusal
+from kvfs.daemon.shown import Shown
 from kvfs.daemon.tree import Place, What
-from kvfs.errors import ChunkCorrupt, ChunkNotFound
-from kvfs.names import is_leaf, part_path
+from kvfs.names import is_leaf, part_name
 from kvfs.network import is_network
+from kvfs.verify import Opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +61,7 @@ class View:
 
     def __init__(self, catalog: Catalog, config: Config, config_text: str, socket_bound: bool = False) -> None:
         self._catalog, self._config = catalog, config
+        self._shown = Shown(catalog)
         self._config_text = config_text.encode()
         self._socket_bound = socket_bound
         self.is_remote = is_network(catalog.store.path)
@@ -89,8 +90,6 @@ class View:
                 return base / place.ns.hex()
             case What.MANIFEST | What.LEAF:
                 return base / place.ns.hex() / place.name
-            case What.PART:
-                return base / place.ns.hex() / part_path(place.key, place.part)
         return base
 
     def lifetime(self, path: str) -> tuple[int, int]:
@@ -105,10 +104,10 @@ class View:
         match place.what:
             case What.PART:
                 incoming = self._incoming.get(path)
-                st = incoming.stat() if incoming else os.lstat(self._file(place))
+                st, size = (s := incoming.stat(), s.st_size) if incoming else self._shown.stat(place, self.before_slow)
                 if not stat.S_ISREG(st.st_mode):
                     raise refusal(errno.ENOENT)
-                return attributes(st, st.st_mode, st.st_size, st.st_ino)
+                return attributes(st, st.st_mode, size, st.st_ino)
             case What.MANIFEST:
                 st = os.lstat(self._file(place))
                 return attributes(st, stat.S_IFREG | 0o444, st.st_size)
@@ -166,7 +165,7 @@ class View:
                 names += [("manifest.json", stat.S_IFREG), *((leaf, stat.S_IFDIR) for leaf in leaves)]
             case What.LEAF:
                 found = self._catalog.store.scan_leaf(place.ns, place.name)
-                names += sorted((each.entry.name, stat.S_IFREG) for each in found)
+                names += sorted((name, stat.S_IFREG) for name in {part_name(each.key, each.part) for each in found})
             case _:
                 raise refusal(errno.ENOTDIR)
         return names
@@ -228,13 +227,15 @@ class View:
 
     def open(self, path: str, flags: int) -> int:
         """A handle for reading; raises as `open_file`."""
-        return self.keep(self.open_file(path, flags))
+        opened = self.open_file(path, flags)
+        return self.keep(opened.fd if isinstance(opened, Opened) else opened)
 
-    def open_file(self, path: str, flags: int) -> int | bytes:
-        """A descriptor of a part, or the content of a file that is made up.
+    def open_file(self, path: str, flags: int) -> Opened | bytes:
+        """A part in its raw form, or the content of a file that is made up.
 
-        A part is verified first unless it has been since boot: damage is EIO, and it goes to quarantine. EROFS for
-        anything but reading, for root too; EBUSY for a part being copied in.
+        A part is verified first unless it has been since boot, and decoded if it is stored in its coded form: damage is
+        EIO, and it goes to quarantine. EROFS for anything but reading, for root too; EBUSY for a part being copied in,
+        and while there is no memory to decode one.
         """
         place = self._place(path)
         if path in self._incoming:
@@ -243,22 +244,13 @@ class View:
             raise refusal(errno.EROFS)
         match place.what:
             case What.PART:
-                fd = self._open_part(place)
+                opened = self._catalog.show(place.ns, place.key, place.part, before_slow=self.before_slow)
                 self._catalog.touch(place.ns, [place.key])
-                return fd
+                return opened
             case What.STATS | What.CONFIG | What.MANIFEST:
                 self.before_slow()
                 return self._text(place)
         raise refusal(errno.EISDIR)
-
-    def _open_part(self, place: Place) -> int:
-        with contextlib.suppress(ChunkNotFound, ChunkCorrupt):
-            opened = self._catalog.verifier.open(place.ns, place.key, place.part)
-            if opened.verified:
-                return opened.fd
-            os.close(opened.fd)
-        self.before_slow()
-        return self._catalog.open_part(place.ns, place.key, place.part, verify=True)
 
     def keep(self, opened: int | bytes | Incoming) -> int:
         """A handle for what `open_file` gave, until `release`."""
@@ -278,7 +270,8 @@ class View:
         """Read; a handle of an earlier worker is opened again."""
         opened = self._handles.get(fh)
         if opened is None:
-            opened = self._handles[fh] = self.open_file(path, os.O_RDONLY)
+            again = self.open_file(path, os.O_RDONLY)
+            opened = self._handles[fh] = again.fd if isinstance(again, Opened) else again
         if isinstance(opened, int):
             return os.pread(opened, size, offset)
         if isinstance(opened, bytes):
@@ -305,7 +298,7 @@ class View:
             raise refusal(errno.EROFS)
         incoming = Incoming(self._catalog, place)
         with self._lock:
-            if path in self._incoming or os.path.lexists(self._file(place)):
+            if path in self._incoming or self._shown.exists(place):
                 incoming.abandon()
                 raise refusal(errno.EEXIST)
             self._incoming[path] = incoming
@@ -324,7 +317,7 @@ class View:
         if isinstance(opened, Incoming):
             if opened.flush():
                 self._incoming.pop(path, None)
-        elif opened is None and not os.path.lexists(self._file(self._place(path))):
+        elif opened is None and not self._shown.exists(self._place(path)):
             raise refusal(errno.EIO)  # the worker that had it is gone, and it was not published
         return 0
 
@@ -360,7 +353,7 @@ class View:
             raise refusal(errno.EROFS)
         if path in self._incoming:
             raise refusal(errno.EBUSY)
-        if not os.path.lexists(self._file(place)):
+        if not self._shown.exists(place):
             raise refusal(errno.ENOENT)
         self._catalog.remove_chunk(place.ns, place.key)
         return 0

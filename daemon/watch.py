@@ -25,7 +25,7 @@ from watchdog.observers.inotify import InotifyObserver
 
 from kvfs.daemon.catalog import Catalog
 from kvfs.errors import KvfsError
-from kvfs.names import is_ns, leaf_name, parse_part_name
+from kvfs.names import is_ns, leaf_name, parse_file_name
 from kvfs.network import is_network
 
 __all__ = ["Watcher"]
@@ -158,7 +158,7 @@ class Watcher(FileSystemEventHandler):
         return max(0.0, self._next - time.monotonic())
 
     def _refresh(self, path: Path) -> None:
-        named = parse_part_name(path.name)
+        named = parse_file_name(path.name)
         ns = path.parent.parent.name
         if named is None or not is_ns(ns) or path.parent.name != leaf_name(named[0]):
             return

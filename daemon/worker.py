@@ -66,12 +66,13 @@ def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
     session = Session(spec["fuse"], service.view, Nodes(spec["table"]), maker, service.metrics, config.threads)
 
     def on_change(event: str, ns: bytes, key: bytes | None, part: PartId | None) -> None:
-        if event == "removed" and key is not None and part is not None:
+        if event in {"removed", "changed"} and key is not None and part is not None:
             session.gone([path_of(ns, key, part)])
         elif event == "retired":
             session.gone([f"/{ns.hex()}"])
 
     service.catalog.on_change(on_change)
+    service.catalog.reader.area.release = lambda source: session.let_go(source[1])
     session.start()
     if spec["resumed"]:
         session.refresh()

@@ -166,8 +166,9 @@ class PartHeader(NamedTuple):
     fidelity: str
 
 
-def encode_header(manifest: Manifest, meta: PartMeta, sums: bytes) -> bytes:
-    """The bytes before the data, a multiple of ALIGNMENT.  ``sums``: u64 little endian per (tensor, head)."""
+def encode_header(manifest: Manifest, meta: PartMeta, sums: bytes, source: str = "raw") -> bytes:
+    """The bytes before the data, a multiple of ALIGNMENT.  ``sums``: u64 little endian per (tensor, head).  ``source``:
+    the form that the data was decoded from, which the writer's name then tells."""
     lay, kind = layout(manifest, meta.part, meta.tokens), manifest.kind(meta.part.kind)
     heads = kind.kv_heads // kind.head_slices
     first = meta.part.slice * heads
@@ -184,7 +185,7 @@ def encode_header(manifest: Manifest, meta: PartMeta, sums: bytes) -> bytes:
         "raw",
         manifest.fidelity,
         sums.hex(),
-        _WRITER,
+        _WRITER if source == "raw" else f"{_WRITER} from {source}",
         "0" * 16,
     )
     head = ",".join(f'"{k}":"{v}"' for k, v in zip(_META_FIELDS, fields, strict=True)).encode()

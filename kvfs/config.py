@@ -170,6 +170,32 @@ class Config:
             "Bytes a second of all parts that are read again, once a week, to find damage before a reader does.",
         ),
     )
+    compact_after: float | None = field(
+        default=3600.0,
+        metadata=row(
+            or_off(duration("1s", "3650d")),
+            "Time without use after which a chunk is kept in its coded form only; off: compact nothing by itself.",
+        ),
+    )
+    compact_watermark: float = field(
+        default=0.9,
+        metadata=row(
+            share(1, 100), "Of a budget, how much is used when chunks are compacted that were not used for 10 min."
+        ),
+    )
+    compact_share: float = field(
+        default=0.5,
+        metadata=row(share(1, 100), "Of one processor, how much compaction takes when nobody else wants it."),
+    )
+    heat_hits: int = field(
+        default=3, metadata=row(whole(1, 1000), "Uses in 10 min after which a compacted chunk gets its raw form back.")
+    )
+    hydrate_limit: int = field(
+        default=512 << 20,
+        metadata=row(
+            size("1MiB", "64TiB"), "Bytes of memory for coded parts that are decoded for readers of their raw form."
+        ),
+    )
     quarantine_limit: int = field(
         default=1 << 30,
         metadata=row(

@@ -17,10 +17,12 @@ __all__ = [
     "DIR_MODE",
     "OPEN_DIR",
     "OPEN_FILE",
+    "SEALS",
     "beneath",
     "from_os_error",
     "from_read_error",
     "is_damage",
+    "is_sealed",
     "lock",
     "make_dir",
     "open_own",
@@ -40,6 +42,17 @@ _DAMAGED = frozenset({errno.EIO, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN})
 _NOT_A_FILE = frozenset(
     {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM}
 )
+
+SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+"""What a file in memory needs so that nobody can ever write or resize it again."""
+
+
+def is_sealed(fd: int) -> bool:
+    """Whether an open file lies in memory and has all `SEALS`."""
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & SEALS == SEALS
+    except OSError:  # not a file that can be sealed
+        return False
 
 
 def from_os_error(e: OSError, what: Path) -> KvfsError:

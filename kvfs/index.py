@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import msgpack
 
@@ -24,54 +23,13 @@ from kvfs.identity import Manifest, PartId
 from kvfs.names import part_path
 from kvfs.rows import NONE, PINNED, Order, Rows
 from kvfs.store import Store
+from kvfs.table import Forms, Row, Table, Victim
 
 __all__ = ["Index", "Row", "Victim"]
 
-_MAGIC = b"kvfs-index/2\n"
+_MAGIC = b"kvfs-index/3\n"
 PATIENCE = 1024
 """Chunks that must stay and are passed over, at most, in the search for one that may go."""
-
-
-class Row(NamedTuple):
-    """What the index knows of a chunk: presence mask, bytes of all parts, hits, time of the last one (Unix
-    seconds, 0 for never), tokens (0 until somebody has read a header), and whether it is pinned."""
-
-    mask: int
-    size: int
-    hits: int
-    last: float
-    tokens: int
-    pinned: bool
-
-
-class Victim(NamedTuple):
-    """A chunk that may go: nothing continues it.  ``stamp`` is the Unix second of its last use or its coming."""
-
-    key: bytes
-    mask: int
-    size: int
-    stamp: int
-
-
-class _Table(Rows):
-    """The chunks of one namespace.  ``partial``: those with a kind of which head slices are missing, and when
-    (monotonic seconds) the last part came."""
-
-    def __init__(self, manifest: Manifest, order: Callable[[Rows], Order] | None) -> None:
-        super().__init__(order)
-        self.manifest = manifest
-        self.kinds = [manifest.mask_of(kind.name) for kind in manifest.kinds]
-        self.partial: dict[bytes, float] = {}
-
-    def missing(self, mask: int) -> int:
-        """The parts present that are of no use, as others of their kind are not there."""
-        return sum(mask & kind for kind in self.kinds if mask & kind != kind)
-
-    def watch(self, key: bytes, mask: int) -> None:
-        """The mask of a chunk has changed."""
-        self.partial.pop(key, None)
-        if self.missing(mask):
-            self.partial[key] = time.monotonic()
 
 
 class Index:
@@ -80,14 +38,14 @@ class Index:
 
     def __init__(self, store: Store, policy: Callable[[Rows], Order] | None = None) -> None:
         self.store, self._policy = store, policy
-        self._tables: dict[bytes, _Table] = {}
+        self._tables: dict[bytes, Table] = {}
         self._lock = threading.Lock()
         self._changed = True  # since the last snapshot
 
-    def _table(self, ns: bytes) -> _Table:
+    def _table(self, ns: bytes) -> Table:
         t = self._tables.get(ns)
         if t is None:
-            t = self._tables.setdefault(ns, _Table(self.store.manifest(ns), self._policy))
+            t = self._tables.setdefault(ns, Table(self.store.manifest(ns), self._policy))
         return t
 
     # --- what is there ---
@@ -106,7 +64,8 @@ class Index:
             if not i:
                 return None
             last = float(t.stamp[i]) if t.hits[i] else 0.0
-            return Row(t.mask[i], t.size[i], t.hits[i], last, t.tokens[i], bool(t.flags[i] & PINNED))
+            is_pinned = bool(t.flags[i] & PINNED)
+            return Row(t.mask[i], t.size[i], t.hits[i], last, t.tokens[i], is_pinned, t.raw[i], t.coded[i])
 
     def keys(self, ns: bytes) -> list[bytes]:
         """All keys of a namespace."""
@@ -124,23 +83,31 @@ class Index:
             tables = self._tables.values() if ns is None else [t for n, t in self._tables.items() if n == ns]
             return sum(map(len, tables)), sum(t.bytes for t in tables)
 
+    def forms(self, ns: bytes | None = None) -> Forms:
+        """What the forms of the parts of a namespace, or of all, take and save."""
+        tables = [self._table(n) for n in ([ns] if ns else self.namespaces())]
+        with self._lock:
+            return Forms.total([t.forms() for t in tables])
+
     # --- what happens ---
 
     def register(self, ns: bytes) -> None:
         """Make a namespace known that has no chunks yet."""
         self._table(ns)
 
-    def add(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta | None = None) -> bool:
-        """A part of ``size`` bytes has appeared, with ``meta`` in its header if that was read; False if it was
-        known."""
+    def add(
+        self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta | None = None, coded: bool = False
+    ) -> bool:
+        """A file of a part, ``size`` bytes, has appeared, with ``meta`` in its header if that was read; False if the
+        part was known in one form or the other."""
         t = self._table(ns)
         bit, now = t.manifest.bit(part), int(time.time())
         with self._lock:
             i = t.make(key)
             is_new = not t.mask[i] & bit
             self._changed = True
-            if is_new:
-                t.fill(i, bit, size, now)
+            if not (t.coded if coded else t.raw)[i] & bit:
+                t.fill(i, bit, size, now, coded)
                 t.watch(key, t.mask[i])
             if meta is not None:
                 self._learn(t, i, meta, now)
@@ -148,23 +115,41 @@ class Index:
                 t.unlearnt.append(i)
             return is_new
 
-    @staticmethod
-    def _learn(t: _Table, i: int, meta: PartMeta, now: int) -> None:
-        t.learn(i, meta.parent if meta.position else None, meta.position // t.manifest.chunk_tokens, meta.tokens, now)
-
-    def discard(self, ns: bytes, key: bytes, part: PartId | None = None, size: int = 0) -> None:
-        """A part of ``size`` bytes, or (None) the whole chunk, is gone."""
-        t = self._table(ns)
-        bits = t.manifest.all_parts if part is None else t.manifest.bit(part)
+    def add_form(self, ns: bytes, key: bytes, part: PartId, size: int, coded: bool) -> bool:
+        """A part that is there has got a file of its other form; False if it is gone meanwhile."""
+        t, bit = self._table(ns), self.store.manifest(ns).bit(part)
         with self._lock:
             i = t.find(key)
-            if t.mask[i] & bits:
+            if t.mask[i] & bit and not (t.coded if coded else t.raw)[i] & bit:  # a listing may have been quicker
+                t.fill(i, bit, size, 0, coded)
                 self._changed = True
-                left = t.mask[i] & ~bits
-                t.drain(i, bits, size)
+            return bool(t.mask[i] & bit)
+
+    @staticmethod
+    def _learn(t: Table, i: int, meta: PartMeta, now: int) -> None:
+        t.learn(i, meta.parent if meta.position else None, meta.position // t.manifest.chunk_tokens, meta.tokens, now)
+
+    def discard(
+        self, ns: bytes, key: bytes, part: PartId | None = None, size: int | None = None, coded: bool = False
+    ) -> bool:
+        """A file of a part, of ``size`` bytes (None: the mean of its chunk's), or (None) the whole chunk, is gone. True
+        if the part was there and is not any more, in either form."""
+        t = self._table(ns)
+        with self._lock:
+            i = t.find(key)
+            before, self._changed = t.mask[i], self._changed or bool(i)
+            form = t.coded if coded else t.raw
+            if i and part is None:
+                t.clear(i)
+            elif part is not None and form[i] & t.manifest.bit(part):
+                total = t.packed[i] if coded else t.size[i] - t.packed[i]
+                t.drain(i, t.manifest.bit(part), total // form[i].bit_count() if size is None else size, coded)
+            left = t.mask[t.find(key)]
+            if left != before:
                 t.watch(key, left)
-                if left and not t.is_known(i):
-                    t.unlearnt.append(i)
+            if left and not t.is_known(i):
+                t.unlearnt.append(i)
+            return left != before
 
     def forget(self, ns: bytes) -> None:
         """A namespace has been retired."""
@@ -223,7 +208,7 @@ class Index:
             return self._victim(t, i) if i else None
 
     @staticmethod
-    def _victim(t: _Table, i: int) -> Victim:
+    def _victim(t: Table, i: int) -> Victim:
         key = t.keys[i]
         assert key is not None  # it is there
         return Victim(key, t.mask[i], t.size[i], t.stamp[i])
@@ -235,7 +220,7 @@ class Index:
             i = t.find(key)
             if not i or t.children[i] or t.flags[i] & PINNED:
                 return False
-            t.drain(i, t.manifest.all_parts, 0)
+            t.clear(i)
             t.partial.pop(key, None)
             self._changed = True
             return True
@@ -269,17 +254,32 @@ class Index:
             old = itertools.takewhile(lambda item: item[1] <= until, t.partial.items())
             return [(key, t.missing(t.mask[t.number[key]])) for key, _ in old]
 
-    def unlearnt(self, ns: bytes, count: int) -> list[tuple[bytes, PartId]]:
-        """Up to ``count`` chunks whose parent nobody knows, each with a part whose header to read; they are asked for
-        once, until the next listing."""
+    def cold(self, ns: bytes, level: int, before: float, count: int) -> list[bytes]:
+        """Chunks to bring to the form number ``level`` (of `FORMS`): see `Table.cold`."""
         t = self._table(ns)
         with self._lock:
-            found: list[tuple[bytes, PartId]] = []
+            return t.cold(level, before, count)
+
+    def brought(self, ns: bytes, key: bytes, level: int) -> None:
+        """A chunk has been brought to the form number ``level``, as far as it can be."""
+        t = self._table(ns)
+        with self._lock:
+            if i := t.find(key):
+                t.level[i] = level
+                self._changed = True
+
+    def unlearnt(self, ns: bytes, count: int) -> list[tuple[bytes, PartId, bool]]:
+        """Up to ``count`` chunks whose parent nobody knows, each with a part whose header to read, and whether that is
+        coded; they are asked for once, until the next listing."""
+        t = self._table(ns)
+        with self._lock:
+            found: list[tuple[bytes, PartId, bool]] = []
             while t.unlearnt and len(found) < count:
                 i = t.unlearnt.pop()
                 key = t.keys[i]
                 if key is not None and t.mask[i] and not t.is_known(i):
-                    found.append((key, next(p for p in t.manifest.parts if t.mask[i] & t.manifest.bit(p))))
+                    part = next(p for p in t.manifest.parts if t.mask[i] & t.manifest.bit(p))
+                    found.append((key, part, not t.raw[i] & t.manifest.bit(part)))
             return found
 
     def learn(self, ns: bytes, meta: PartMeta) -> None:
@@ -295,7 +295,8 @@ class Index:
     def reconcile(self, on_change: Callable[[bytes, bytes, PartId, bool], None] | None = None) -> tuple[int, int]:
         """List the store and correct the rows; returns parts found anew and parts found gone.
 
-        ``on_change(ns, key, part, appeared)`` hears of each.  Parts published while this runs are kept.
+        ``on_change(ns, key, part, appeared)`` hears of each, and of those whose raw form is gone. Parts published while
+        this runs are kept.
         """
         found = gone = 0
         present = set(self.store.namespaces())
@@ -307,41 +308,45 @@ class Index:
         return found, gone
 
     def _reconcile(
-        self, ns: bytes, t: _Table, on_change: Callable[[bytes, bytes, PartId, bool], None] | None
+        self, ns: bytes, t: Table, on_change: Callable[[bytes, bytes, PartId, bool], None] | None
     ) -> tuple[int, int]:
-        before = dict(zip(keys := self.keys(ns), self.masks(ns, keys), strict=True))
+        known = self._files(t)
         found = gone = 0
-        for key, part, entry in self.store.scan(ns):
+        for key, part, entry, coded in self.store.scan(ns):
             try:
                 bit = t.manifest.bit(part)
             except IdentityError:
                 continue
-            known = before.get(key, 0)
-            before[key] = known & ~bit
-            if not known & bit:
-                with contextlib.suppress(FileNotFoundError):
-                    if self.add(ns, key, part, entry.stat(follow_symlinks=False).st_size):
-                        found += 1
-                        if on_change:
-                            on_change(ns, key, part, True)
-        for key, part in self._vanished(ns, t.manifest, before):
-            self.discard(ns, key, part, self._mean_size(t, key))
-            gone += 1
-            if on_change:
+            if known.get((key, coded), 0) & bit:
+                known[key, coded] &= ~bit
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if self.add(ns, key, part, entry.stat(follow_symlinks=False).st_size, coded=coded):
+                    found += 1
+                    if on_change:
+                        on_change(ns, key, part, True)
+        for key, part, coded in self._vanished(ns, t.manifest, known):
+            is_gone = self.discard(ns, key, part, coded=coded)
+            gone += is_gone
+            if on_change and (is_gone or not coded):
                 on_change(ns, key, part, False)
         return found, gone
 
-    def _vanished(self, ns: bytes, manifest: Manifest, unseen: dict[bytes, int]) -> Iterator[tuple[bytes, PartId]]:
-        """Of the parts a listing did not show, those that a second look does not find either."""
-        for key, mask in unseen.items():
-            for part in manifest.parts if mask else ():
-                if mask & manifest.bit(part) and not os.path.lexists(self.store.path / ns.hex() / part_path(key, part)):
-                    yield key, part
+    def _files(self, t: Table) -> dict[tuple[bytes, bool], int]:
+        """By key and form (True: coded), the parts whose files are known."""
+        with self._lock:
+            rows = [(key, i) for key, i in t.number.items() if t.mask[i]]
+            return {(key, coded): form[i] for coded, form in ((False, t.raw), (True, t.coded)) for key, i in rows}
 
-    @staticmethod
-    def _mean_size(t: _Table, key: bytes) -> int:
-        i = t.find(key)
-        return int(t.size[i]) // max(1, t.mask[i].bit_count())
+    def _vanished(
+        self, ns: bytes, manifest: Manifest, unseen: dict[tuple[bytes, bool], int]
+    ) -> Iterator[tuple[bytes, PartId, bool]]:
+        """Of the files a listing did not show, those that a second look does not find either."""
+        folder = self.store.path / ns.hex()
+        for (key, coded), mask in unseen.items():
+            for part in manifest.parts if mask else ():
+                if mask & manifest.bit(part) and not os.path.lexists(folder / part_path(key, part, coded)):
+                    yield key, part, coded
 
     # --- snapshot ---
 
@@ -373,17 +378,10 @@ class Index:
             tables = {}
             for ns, dumped in dict(body).items():
                 with contextlib.suppress(NamespaceNotFound, IdentityError):
-                    tables[ns] = _Table(self.store.manifest(ns), self._policy)
+                    tables[ns] = Table(self.store.manifest(ns), self._policy)
                     tables[ns].restore(dumped)
         except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
             return False
-        for t in tables.values():
-            whole = t.manifest.all_parts
-            for key, i in t.number.items():
-                if t.mask[i] != whole:
-                    if t.mask[i] & ~whole:
-                        return False
-                    t.watch(key, t.mask[i])
         with self._lock:
             self._tables, self._changed = tables, False
         return True

@@ -59,6 +59,10 @@ class Metrics:
         self.quarantined = counter("kvfs_quarantined_total", "Damaged parts moved to lost+found, by reason.", "reason")
         self.purged = counter("kvfs_quarantine_purged_total", "Damaged parts removed to keep lost+found small.")
         self.lost_bytes = gauge("kvfs_lost_found_bytes", "Bytes of what is in lost+found.")
+        self.saved = gauge("kvfs_saved_bytes", "Bytes that coded parts take less than their raw forms would.")
+        self.hydrated = gauge("kvfs_hydrated_bytes", "Bytes of memory that decoded parts take.")
+        self.compacted = counter("kvfs_compacted_total", "Parts brought to a coded form, by form.", "form")
+        self.heated = counter("kvfs_heated_total", "Chunks that got their raw form back as they were used again.")
         self.scrub_bytes = counter("kvfs_scrub_bytes_total", "Bytes read again in search of damage.")
         self.scrub_damaged = counter("kvfs_scrub_damaged_total", "Damaged parts found by that.")
         self.scrub_complete = gauge(

@@ -104,13 +104,19 @@ VERBS: Mapping[str, Verb] = {
     # masks: one u64 a key, bit i = part i of the namespace's manifest.
     "lookup": Verb({"ns": _key, "keys": _keys}, {"masks": _blob}),
     # The j-th part asked for is names[which[j]] of the j-th key; the answer carries a descriptor for each, in
-    # order, and in `verified` a byte 0 or 1.  `lease` is a number the client chose.
-    "lease": Verb({"ns": _key, "lease": _count, "keys": _keys, "names": _names, "which": _blob}, {"verified": _blob}),
+    # order, in `verified` a byte 0 or 1, and in `forms` the number of its form (kvfs.codec.FORMS).  `lease` is a number
+    # the client chose.  `coded`: the client takes coded forms too.
+    "lease": Verb(
+        {"ns": _key, "lease": _count, "keys": _keys, "names": _names, "which": _blob, "coded": _flag},
+        {"verified": _blob, "forms": _blob},
+        frozenset({"coded"}),
+    ),
     # A lease of an earlier connection claimed again, without descriptors; `missing`: keys gone meanwhile.
     "hold": Verb({"ns": _key, "lease": _count, "keys": _keys}, {"missing": _count}),
     # leases: one u64 (little endian) each; unknown ones are none of the server's business.
     "release": Verb({"leases": _blob}, {}),
-    "report": Verb({**_PART, "reason": _text}, {}, frozenset({"reason"})),
+    # gone: nothing damaged is left in the part's place.
+    "report": Verb({**_PART, "reason": _text}, {"gone": _flag}, frozenset({"reason"})),
     # The answer carries one writable descriptor.  `key`: of the chunk to come, for what is stored at its second coming.
     "reserve": Verb({"ns": _key, "nbytes": _count, "key": _key}, {"token": _text}, frozenset({"key"})),
     "publish": Verb({"token": _text, **_PART}, {"created": _flag}),
@@ -124,6 +130,19 @@ VERBS: Mapping[str, Verb] = {
     "retire": Verb({"ns": _key}, {"chunks": _count}),
     # nbytes: how much to free, of one namespace or all.
     "evict": Verb({"ns": _key, "nbytes": _count}, {"chunks": _count, "bytes": _count}, frozenset({"ns"})),
+    # For about `seconds`, bring chunks not used for `idle` seconds (as a rule: as configured), of one namespace or all,
+    # to the coded form.
+    "compact": Verb(
+        {"ns": _key, "idle": _count, "seconds": _count},
+        {"chunks": _count, "before": _count, "after": _count, "done": _flag},
+        frozenset({"ns", "idle"}),
+    ),
+    # What that would do, if need be at another level.
+    "plan": Verb(
+        {"ns": _key, "idle": _count, "level": _text}, {"document": _document}, frozenset({"ns", "idle", "level"})
+    ),
+    # The operator's word on how far a namespace may be compacted.
+    "force": Verb({"ns": _key, "level": _text}, {}),
     "pin": Verb({"ns": _key, "key": _key, "pinned": _flag}, {}),
     # The daemon lists its store; the answer counts parts it did not know and parts that were gone.
     "reconcile": Verb({}, {"found": _count, "gone": _count}),

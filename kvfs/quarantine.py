@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from kvfs.errors import ChunkNotFound
 from kvfs.files import OPEN_DIR, make_dir, read_small, write_new
 from kvfs.identity import PartId, canonical_json
-from kvfs.names import is_temp, leaf_name, parse_part_name, part_name, part_path
+from kvfs.names import is_temp, leaf_name, parse_file_name, part_name, part_path
 
 __all__ = ["FOLDER", "LIMIT", "Kept", "Quarantine"]
 
@@ -81,13 +81,13 @@ class Quarantine:
             os.close(lost)
         return True
 
-    def take_part(self, ns_dir: int, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
-        """Move a damaged part here from the folder of its namespace; otherwise as `take`."""
+    def take_part(self, ns_dir: int, ns: bytes, key: bytes, part: PartId, reason: str, coded: bool = False) -> bool:
+        """Move the damaged file of a part here from the folder of its namespace; otherwise as `take`."""
         try:
             leaf = os.open(leaf_name(key), OPEN_DIR, dir_fd=ns_dir)
         except (FileNotFoundError, NotADirectoryError):
             return False
-        name, path = part_name(key, part), f"{ns.hex()}/{part_path(key, part)}"
+        name, path = part_name(key, part, coded), f"{ns.hex()}/{part_path(key, part, coded)}"
         try:
             about = {"ns": ns.hex(), "key": key.hex(), "part": str(part)}
             return self.take(leaf, name, f"{ns.hex()[:12]}.{name}", reason, path, **about)
@@ -176,7 +176,7 @@ def _read(lost: int, name: str) -> Kept:
         str(note.get("path", "")),
         since if isinstance(since, float) else st.st_ctime,
         _tree_size(lost, name) if stat.S_ISDIR(st.st_mode) else st.st_size,
-        bool(named and parse_part_name(named[1]) and stat.S_ISREG(st.st_mode)),
+        bool(named and parse_file_name(named[1]) and stat.S_ISREG(st.st_mode)),
     )
 
 

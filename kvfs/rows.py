@@ -1,6 +1,6 @@
 """The chunks of one namespace as numbered rows: columns of numbers, and the tree of prefixes they form.
 
-A row costs about 260 bytes, its key included.  The first `ENDS` numbers are no chunks: 0 stands for "none", and all
+A row costs about 290 bytes, its key included.  The first `ENDS` numbers are no chunks: 0 stands for "none", and all
 are free for an `Order` to close its lists with.  Not thread-safe; `kvfs.index` locks.
 """
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ENDS", "NONE", "PINNED", "UNKNOWN", "Frozen", "Order", "Rows"]
+__all__ = ["ENDS", "NONE", "PINNED", "UNKNOWN", "Frozen", "Order", "Rows", "view"]
 
 ENDS = 64
 NONE = 0
@@ -51,19 +51,24 @@ class Order(Protocol):
 class Rows:
     """Keys, columns, tree.
 
-    A row with an empty mask is hollow: a chunk that is not there, though some that continue it are.  ``depth`` is the
+    A row with an empty mask is hollow: a chunk that is not there, though some that continue it are.  ``raw`` and
+    ``coded`` are the parts stored in each form, of which ``mask`` is either; ``size`` is the bytes of all files,
+    ``packed`` those of coded ones, ``level`` the number of the coarsest form that was tried.  ``depth`` is the
     number of chunks before it in its text, ``stamp`` the Unix second of its last use or its coming, ``tail`` the tail
     of a text that was last found to continue it.  ``newer``, ``older``, ``queue`` and ``due`` are the order's own.
     """
 
-    KEPT = ("mask", "size", "hits", "stamp", "tokens", "depth", "flags", "uses", "parent")
+    KEPT = (
+        "mask", "raw", "coded", "size", "packed", "level", "hits", "stamp", "tokens", "depth", "flags", "uses", "parent"
+    )  # fmt: skip
     """Columns of a snapshot; the others follow from these."""
     DERIVED = ("children", "tail", "newer", "older", "queue", "due")
 
     def __init__(self, order: Callable[["Rows"], Order] | None = None) -> None:
         self.number: dict[bytes, int] = {}
         self.keys: list[bytes | None] = [None] * ENDS
-        self.mask, self.size = array("Q"), array("q")
+        self.mask, self.raw, self.coded = array("Q"), array("Q"), array("Q")
+        self.size, self.packed, self.level = array("q"), array("q"), array("B")
         self.hits, self.stamp, self.depth = array("I"), array("I"), array("I")
         self.tokens, self.flags, self.uses = array("H"), array("B"), array("B")
         self.parent, self.children, self.tail = array("I"), array("I"), array("I")
@@ -111,8 +116,8 @@ class Rows:
             self.hollow += 1
         return row
 
-    def fill(self, row: int, bits: int, size: int, now: int) -> None:
-        """Parts of a chunk have come, ``size`` bytes."""
+    def fill(self, row: int, bits: int, size: int, now: int, coded: bool = False) -> None:
+        """Parts of a chunk have come in one form, ``size`` bytes."""
         if not self.mask[row]:
             self.hollow -= 1
             self.unknown += 1
@@ -120,15 +125,34 @@ class Rows:
         self.mask[row] |= bits
         self.size[row] += size
         self.bytes += size
+        if coded:
+            self.coded[row] |= bits
+            self.packed[row] += size
+        else:
+            if bits & ~self.coded[row]:
+                self.level[row] = 0
+            self.raw[row] |= bits
 
-    def drain(self, row: int, bits: int, size: int) -> None:
-        """Parts of a chunk are gone; with the last of them its row goes, or stays as long as it has children."""
-        size = min(size, self.size[row]) if self.mask[row] & ~bits else self.size[row]
+    def drain(self, row: int, bits: int, size: int, coded: bool = False) -> None:
+        """Parts of a chunk are gone in one form."""
+        form = self.coded if coded else self.raw
+        form[row] &= ~bits
+        left = self.raw[row] | self.coded[row]
+        if not left:
+            self.clear(row)
+            return
+        most = self.packed[row] if coded else self.size[row] - self.packed[row]
+        size = min(size, most) if form[row] else most
+        self.mask[row] = left
         self.size[row] -= size
         self.bytes -= size
-        if self.mask[row] & ~bits:
-            self.mask[row] &= ~bits
-            return
+        if coded:
+            self.packed[row] -= size
+
+    def clear(self, row: int) -> None:
+        """A chunk is gone, and with it its row, which stays as long as it has children."""
+        self.bytes -= self.size[row]
+        self.size[row] = self.packed[row] = self.raw[row] = self.coded[row] = self.level[row] = 0
         parent = self._leave(row)
         self.mask[row] = 0
         self.hollow += 1
@@ -244,22 +268,25 @@ class Rows:
             getattr(self, name).extend(bytes(len(keys)))
         if any(len(c) != len(self.keys) for c in self.columns()) or len(self.number) != len(keys) or len(blob) % 32:
             raise ValueError("the columns do not fit the keys")
-        parent, depth, size = _view(self.parent), _view(self.depth), _view(self.size)
-        if parent.max() > len(keys) or size.min() < 0 or size.max() > MAX_SIZE:
+        parent, depth, mask = view(self.parent), view(self.depth), view(self.mask)
+        size, packed = view(self.size), view(self.packed)
+        if parent.max() > len(keys) or packed.min() < 0 or np.any(packed > size) or size.max() > MAX_SIZE:
             raise ValueError("a number is out of bounds")
+        if np.any(mask != (view(self.raw) | view(self.coded))) or np.any((mask == 0) & (size > 0)):
+            raise ValueError("parts in no form, or bytes of no part")
         parent[parent > 0] += ENDS - 1
         if np.any((parent > 0) & (depth[parent] + 1 != depth)):  # so there are no circles either
             raise ValueError("a parent that does not lie one chunk before its child")
-        _view(self.children)[:] = np.bincount(parent[ENDS:], minlength=len(self.keys))
+        view(self.children)[:] = np.bincount(parent[ENDS:], minlength=len(self.keys))
         self.children[NONE] = 0
-        is_there = _view(self.mask)[ENDS:] != 0
-        is_known = is_there & (_view(self.flags)[ENDS:] & UNKNOWN == 0)
+        is_there = view(self.mask)[ENDS:] != 0
+        is_known = is_there & (view(self.flags)[ENDS:] & UNKNOWN == 0)
         self.hollow = int(np.count_nonzero(~is_there))
         self.unknown = int(np.count_nonzero(is_there & ~is_known))
-        self.bytes = int(_view(self.size).sum())
+        self.bytes = int(view(self.size).sum())
         self.unlearnt.frombytes((np.nonzero(is_there & ~is_known)[0] + ENDS).astype(np.uint32).tobytes())
         if self.order:
-            age = np.lexsort((-_view(self.depth).astype(np.int64), _view(self.stamp)))
+            age = np.lexsort((-view(self.depth).astype(np.int64), view(self.stamp)))
             for row in age[np.concatenate((np.zeros(ENDS, dtype=bool), is_known))[age]].tolist():
                 self.order.add(row)
 
@@ -270,6 +297,8 @@ class Rows:
         assert {len(c) for c in self.columns()} == {len(self.keys)}, "columns of different lengths"
         assert all(self.keys[row] == key for key, row in self.number.items()), "a key is not that of its row"
         assert self.bytes == sum(self.size), "the total is not the sum of the rows"
+        assert self.mask.tolist() == [raw | coded for raw, coded in zip(self.raw, self.coded, strict=True)]
+        assert all(packed <= size for packed, size in zip(self.packed, self.size, strict=True))
         assert self.hollow == sum(not self.mask[row] for row in rows)
         assert self.unknown == sum(bool(self.mask[row] and self.flags[row] & UNKNOWN) for row in rows)
         children = [0] * len(self.keys)
@@ -290,13 +319,13 @@ class Frozen(NamedTuple):
         chosen = np.array([row for row, key in enumerate(self.keys) if key is not None], dtype=np.int64)
         numbers = np.zeros(len(self.keys), dtype=np.uint32)
         numbers[chosen] = np.arange(1, len(chosen) + 1)
-        dumped = {name: _view(column)[chosen].tobytes() for name, column in self.columns.items()}
-        dumped["parent"] = numbers[_view(self.columns["parent"])[chosen]].tobytes()
+        dumped = {name: view(column)[chosen].tobytes() for name, column in self.columns.items()}
+        dumped["parent"] = numbers[view(self.columns["parent"])[chosen]].tobytes()
         runs = (filter(None, self.keys[i : i + _STEP]) for i in range(0, len(self.keys), _STEP))
         dumped["keys"] = b"".join(b"".join(run) for run in runs)
         return dumped
 
 
-def _view(column: "array[Any]") -> npt.NDArray[Any]:
+def view(column: "array[Any]") -> npt.NDArray[Any]:
     """The numbers of a column, in place; the column cannot grow while it is held."""
     return np.frombuffer(column, dtype=column.typecode)

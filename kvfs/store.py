@@ -7,6 +7,7 @@ descriptors with O_NOFOLLOW, so nothing planted in the tree leads outside it.
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from kvfs import marker, retired
+from kvfs import files, marker, retired
 from kvfs.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -30,21 +31,9 @@ from kvfs.errors import (
     StoreBusy,
     StoreReadOnly,
 )
-from kvfs.files import (
-    DIR_MODE,
-    OPEN_DIR,
-    OPEN_FILE,
-    beneath,
-    from_os_error,
-    from_read_error,
-    is_damage,
-    lock,
-    make_dir,
-    read_small,
-    write_new,
-)
+from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, beneath, from_os_error, lock, make_dir, read_small, write_new
 from kvfs.identity import Manifest, PartId
-from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_part_name, part_name, part_path, temp_name
+from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_file_name, part_name, part_path, temp_name
 from kvfs.quarantine import Quarantine
 
 __all__ = ["Found", "Store", "Temp"]
@@ -64,11 +53,12 @@ class Temp(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A part met by `Store.scan`."""
+    """A file of a part met by `Store.scan`; ``coded``: it holds the coded form.  A part may have both forms."""
 
     key: bytes
     part: PartId
     entry: "os.DirEntry[str]"
+    coded: bool
 
 
 class Store:
@@ -196,7 +186,7 @@ class Store:
         except FileNotFoundError:
             raise NamespaceNotFound(ns.hex()[:12]) from None
         except OSError as e:
-            if not is_damage(e):
+            if not files.is_damage(e):
                 raise from_os_error(e, self.path / ns.hex()[:12]) from e
         except (ValueError, RecursionError):
             pass
@@ -262,15 +252,16 @@ class Store:
 
     # --- parts ---
 
-    def open_part(self, ns: bytes, key: bytes, part: PartId) -> int:
-        """A read-only descriptor of a part.  ChunkNotFound; ChunkCorrupt ``not-a-file``: not one regular file; OSError
-        for what says nothing of the part, such as a want of descriptors."""
-        name, root = part_name(key, part), self._ns_dir(ns)
+    def open_part(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> int:
+        """A read-only descriptor of a part in its raw form, or in its coded one.  ChunkNotFound if it is not there in
+        that form; ChunkCorrupt ``not-a-file``: not one regular file; OSError for what says nothing of the part, such as
+        a want of descriptors."""
+        name, root = part_name(key, part, coded), self._ns_dir(ns)
         try:
             with beneath(root, name[:3]) as leaf:
                 fd = os.open(name, OPEN_FILE, dir_fd=leaf)
         except OSError as e:
-            raise from_read_error(e, f"{key.hex()}.{part}") from None
+            raise files.from_read_error(e, f"{key.hex()}.{part}") from None
         try:
             st = os.fstat(fd)
             if st.st_nlink > 1:
@@ -298,13 +289,18 @@ class Store:
         return [name for name, st in self._temps(ns) if st.st_ino == ino]
 
     def masks(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
-        """Presence mask of each chunk, by looking for its files; 0 where nothing is stored."""
-        root, bits = self._ns_dir(ns), [(p, self.manifest(ns).bit(p)) for p in self.manifest(ns).parts]
+        """Presence mask of each chunk, by looking for its files in either form; 0 where nothing is stored."""
+        root, manifest = self._ns_dir(ns), self.manifest(ns)
         there = functools.partial(os.access, mode=os.F_OK, dir_fd=root, follow_symlinks=False)
-        return [sum(bit for part, bit in bits if there(part_path(key, part))) for key in keys]
+
+        def mask(key: bytes) -> int:
+            names = ((p, part_path(key, p), part_path(key, p, coded=True)) for p in manifest.parts)
+            return sum(manifest.bit(p) for p, raw, coded in names if there(raw) or there(coded))
+
+        return [mask(key) for key in keys]
 
     def scan(self, ns: bytes) -> Iterator[Found]:
-        """Every part file of a namespace, by listing; foreign names are skipped."""
+        """Every part file of a namespace, of both forms, by listing; foreign names are skipped."""
         for leaf in filter(is_leaf, os.listdir(self._ns_dir(ns))):
             yield from self.scan_leaf(ns, leaf)
 
@@ -313,9 +309,8 @@ class Store:
         absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
         with absent, beneath(self._ns_dir(ns), leaf) as fd, os.scandir(fd) as it:
             for e in it:
-                found = parse_part_name(e.name)
-                if found and e.name.startswith(leaf):
-                    yield Found(*found, e)
+                if (found := parse_file_name(e.name)) and e.name.startswith(leaf):
+                    yield Found(found.key, found.part, e, found.coded)
 
     # --- writing ---
 
@@ -340,13 +335,13 @@ class Store:
         except OSError as e:
             raise from_os_error(e, self.path / ns.hex()[:12]) from None
 
-    def publish(self, ns: bytes, temp: str, key: bytes, part: PartId) -> bool:
-        """Give a written and checked temp file its final name; the temp name is gone afterwards.
+    def publish(self, ns: bytes, temp: str, key: bytes, part: PartId, coded: bool = False) -> bool:
+        """Give a written and checked temp file its final name, in its form; the temp name is gone afterwards.
 
         True if it is new, False if the part was there already: its bytes are as good.  With ``full`` durability data
         and folder are on disk before this returns; after a failed fsync nothing is published.
         """
-        root, name = self._ns_dir(ns), part_name(key, part)
+        root, name = self._ns_dir(ns), part_name(key, part, coded)
         self.manifest(ns).bit(part)
         created = True
         try:
@@ -378,21 +373,20 @@ class Store:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), beneath(self._ns_dir(ns), TEMPS) as temps:
             os.unlink(temp_name(temp), dir_fd=temps)
 
-    def remove(self, ns: bytes, key: bytes, parts: Sequence[PartId]) -> None:
-        """Unlink parts of a chunk; open descriptors and maps of them go on working."""
+    def remove(self, ns: bytes, key: bytes, parts: Sequence[PartId], forms: Sequence[bool] = (False, True)) -> None:
+        """Unlink parts of a chunk, in both forms or (coded: True) one; open descriptors and maps go on working."""
         absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
         with absent, beneath(self._ns_dir(ns), leaf_name(key)) as leaf:
-            for part in parts:
+            for part, coded in itertools.product(parts, forms):
                 with contextlib.suppress(FileNotFoundError, IsADirectoryError):
-                    os.unlink(part_name(key, part), dir_fd=leaf)
+                    os.unlink(part_name(key, part, coded), dir_fd=leaf)
 
-    def quarantine(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
-        """Move a part to ``lost+found/`` with its reason; False if another process already took it away."""
-        return self.lost.take_part(self._ns_dir(ns), ns, key, part, reason)
+    def quarantine(self, ns: bytes, key: bytes, part: PartId, reason: str, coded: bool = False) -> bool:
+        """Move one form of a part to ``lost+found/`` with its reason; False if another process already took it away."""
+        return self.lost.take_part(self._ns_dir(ns), ns, key, part, reason, coded)
 
     def reap_temps(self, ns: bytes, older_than: float = TEMP_GRACE) -> int:
         """Remove temp files not written to for ``older_than`` seconds; returns how many."""
-        old = [name for name, st in self._temps(ns) if time.time() - st.st_mtime > older_than]
-        for name in old:
+        for name in (old := [name for name, st in self._temps(ns) if time.time() - st.st_mtime > older_than]):
             self.discard(ns, name)
         return len(old)

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kvfs import _native, files
-from kvfs.chunk import PartHeader, PartMeta, open_part
-from kvfs.errors import ChunkCorrupt, StoreBusy, StoreFull
+from kvfs.chunk import PartMeta, open_part
+from kvfs.coded import CodedFile, open_coded, open_stored
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, StoreBusy, StoreFull
 from kvfs.identity import PartId
 from kvfs.store import Store, Temp
 
@@ -31,11 +32,14 @@ _NO_FILE_LEASES = (errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP)
 
 
 class Opened(NamedTuple):
-    """A part open for reading: its descriptor, whether it is known to be whole, its size in bytes."""
+    """A part open for reading: its descriptor, whether it is known to be whole, its size in bytes, the inode of its
+    file in the store, and the form of what the descriptor gives."""
 
     fd: int
     verified: bool
     size: int
+    inode: int
+    form: str = "raw"
 
 
 class Admitted(NamedTuple):
@@ -74,56 +78,61 @@ class Verifier:
         return self._good.get(_fingerprint(st), -1)
 
     def open(self, ns: bytes, key: bytes, part: PartId) -> Opened:
-        """Open a part without reading it; raises as `Store.open_part`."""
+        """Open a part in its raw form without reading it; raises as `Store.open_part`."""
         fd = self.store.open_part(ns, key, part)
         try:
             st = os.fstat(fd)
         except BaseException:
             os.close(fd)
             raise
-        return Opened(fd, self.is_verified(st), st.st_size)
+        return Opened(fd, self.is_verified(st), st.st_size, st.st_ino)
 
-    def check(self, fd: int, ns: bytes, key: bytes, part: PartId) -> None:
+    def open_coded(self, ns: bytes, key: bytes, part: PartId) -> CodedFile:
+        """Open a part in its coded form and read header and index; ChunkNotFound, ChunkCorrupt."""
+        return open_coded(self.store.open_part(ns, key, part, coded=True), self.store.manifest(ns), key, part)
+
+    def check(self, fd: int, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> None:
         """Read an open part in full and mark it.  ChunkCorrupt says what is wrong."""
         before, manifest = os.fstat(fd), self.store.manifest(ns)
-        with open_part(os.dup(fd), manifest, key, part) as file:
+        opened = open_coded if coded else open_part
+        with opened(os.dup(fd), manifest, key, part) as file:
             file.verify()
         self.mark(before)
 
-    def peek(self, ns: bytes, key: bytes, part: PartId) -> tuple[PartHeader, int]:
-        """The header of a part and the size of its file, its data unread.  ChunkNotFound, ChunkCorrupt."""
+    def peek(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> tuple[PartMeta, int]:
+        """What the header of a part's file says, and its size, its data unread.  ChunkNotFound, ChunkCorrupt."""
         manifest = self.store.manifest(ns)
-        with open_part(self.store.open_part(ns, key, part), manifest, key, part) as file:
-            return file.header, os.fstat(file.fd).st_size
+        opened = open_coded if coded else open_part
+        with opened(self.store.open_part(ns, key, part, coded), manifest, key, part) as file:
+            return file.header.meta, os.fstat(file.fd).st_size
 
     def vouch(self, ns: bytes, key: bytes, part: PartId) -> None:
-        """A reader has read the part in full and found it whole."""
-        fd = self.store.open_part(ns, key, part)
-        try:
-            self.mark(os.fstat(fd))
-        finally:
-            os.close(fd)
+        """A reader has read the part in full, as it is stored, and found it whole."""
+        with open_stored(self.store, ns, key, part) as file:
+            self.mark(os.fstat(file.fd))
 
-    def condemn(self, ns: bytes, key: bytes, part: PartId) -> ChunkCorrupt | None:
-        """Check a part that somebody found damaged; if it is, move it to quarantine and return what is wrong.
-
-        ChunkNotFound if it is gone.
-        """
-        try:
-            fd = self.store.open_part(ns, key, part)
+    def recheck(self, ns: bytes, key: bytes, part: PartId) -> dict[bool, ChunkCorrupt | None]:
+        """Read all files of a part that somebody found damaged.  By form (True: coded), what is wrong; nothing for one
+        that is not there."""
+        found: dict[bool, ChunkCorrupt | None] = {}
+        for coded in (False, True):
             try:
-                self.check(fd, ns, key, part)
-            finally:
-                os.close(fd)
-        except ChunkCorrupt as e:
-            self.quarantine(ns, key, part, e)
-            return e
-        return None
+                fd = self.store.open_part(ns, key, part, coded)
+                try:
+                    self.check(fd, ns, key, part, coded)
+                    found[coded] = None
+                finally:
+                    os.close(fd)
+            except ChunkNotFound:
+                pass
+            except ChunkCorrupt as e:
+                found[coded] = e
+        return found
 
-    def quarantine(self, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt) -> None:
-        """Move a damaged part to ``lost+found``.  On a store that cannot be written it stays, unused."""
+    def quarantine(self, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt, coded: bool = False) -> None:
+        """Move a damaged form of a part to ``lost+found``.  On a store that cannot be written it stays, unused."""
         try:
-            self.store.quarantine(ns, key, part, error.reason)
+            self.store.quarantine(ns, key, part, error.reason, coded)
         except OSError as e:
             if e.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise files.from_os_error(e, self.store.path) from e
@@ -137,8 +146,8 @@ class Verifier:
             raise StoreFull(f"a part of {nbytes} bytes in {self.store.path}")
         return self.store.reserve(ns)
 
-    def admit(self, ns: bytes, temp: str, key: bytes, part: PartId) -> Admitted:
-        """Check a temp file in full and publish it; it is gone afterwards, whatever happens.
+    def admit(self, ns: bytes, temp: str, key: bytes, part: PartId, coded: bool = False) -> Admitted:
+        """Check a temp file in full and publish it, in its form; it is gone afterwards, whatever happens.
 
         StoreBusy while anybody can still write to it, ChunkCorrupt if it does not hold that part, undamaged;
         IdentityError, StoreFull, StoreReadOnly, ChunkNotFound (no such temp file).
@@ -148,11 +157,12 @@ class Verifier:
             fd = self.store.open_temp(ns, temp)
             try:
                 _seal(fd, f"{key.hex()}.{part}")
-                with open_part(os.dup(fd), self.store.manifest(ns), key, part) as file:
+                opened = open_coded if coded else open_part
+                with opened(os.dup(fd), self.store.manifest(ns), key, part) as file:
                     before = os.fstat(fd)
                     file.verify()
                     meta = file.header.meta
-                created = self.store.publish(ns, temp, key, part)
+                created = self.store.publish(ns, temp, key, part, coded)
                 after = os.fstat(fd)
                 if created and after.st_mtime_ns == before.st_mtime_ns:
                     self.mark(after)  # the link has changed its ctime

@@ -57,7 +57,8 @@ def processes(store: Path) -> dict[str, int]:
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
             program = PROGRAM.search(words)
-            if program and f"\0{store}\0" in words:
+            is_coder = Path(f"/proc/{pid}/comm").read_text() == "kvfs-coder\n"
+            if program and f"\0{store}\0" in words and not is_coder:
                 found[program[1]] = int(pid)
     return found
 

@@ -168,7 +168,8 @@ def test_damage_that_is_reported_goes_to_quarantine(client: Client, folder: Path
         assert not lease.parts[0].verified
         with pytest.raises(ChunkCorrupt) as e:
             read(lease.parts[0].fd, key, FULL0)
-        client.report(NS, key, FULL0, e.value.reason)
+        assert client.report(NS, key, FULL0, e.value.reason)
+        assert client.report(NS, key, FULL0, e.value.reason)  # somebody else has found it too
     if isinstance(client, MountClient):
         logs.claim("damaged .checksum.*lost.found")
     assert look(client, [key]) == [WHOLE & ~MANIFEST.bit(FULL0)]
@@ -182,8 +183,8 @@ def test_damage_that_is_reported_goes_to_quarantine(client: Client, folder: Path
 def test_a_false_alarm_changes_nothing(client: Client) -> None:
     key = new_key()
     put(client, key)
-    client.report(NS, key, FULL0, "checksum")
-    client.report(NS, new_key(), FULL0, "checksum")
+    assert not client.report(NS, key, FULL0, "checksum")
+    assert client.report(NS, new_key(), FULL0, "checksum")
     assert look(client, [key]) == [WHOLE]
     assert client.stats()["quarantined"] == {}
 

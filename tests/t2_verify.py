@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvfs import chunk
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, StoreBusy
+from kvfs.errors import ChunkCorrupt, StoreBusy
 from kvfs.identity import PartId
 from kvfs.store import Store
 from kvfs.verify import Verifier
@@ -112,17 +112,17 @@ def test_opening_a_sealed_file_for_writing_waits_and_harms_nobody(store: Store) 
     os.close(fd)
 
 
-def test_condemned_parts_go_to_quarantine_and_sound_ones_stay(store: Store) -> None:
+def test_a_part_that_somebody_found_damaged_is_read_again(store: Store) -> None:
     verifier, key = Verifier(store), new_key()
+    assert verifier.recheck(NS, key, FULL0) == {}
     put(store, key, FULL0)
-    assert verifier.condemn(NS, key, FULL0) is None
+    assert verifier.recheck(NS, key, FULL0) == {False: None}
     assert is_verified(verifier, key)
     damage(file_of(store.path, key, FULL0))
-    error = verifier.condemn(NS, key, FULL0)
+    error = verifier.recheck(NS, key, FULL0)[False]
     assert isinstance(error, ChunkCorrupt)
     assert error.reason == "checksum"
-    with pytest.raises(ChunkNotFound):
-        verifier.condemn(NS, key, FULL0)
+    assert not is_verified(verifier, key)
 
 
 def test_the_state_survives_a_restart_but_not_damage_nor_a_boot(

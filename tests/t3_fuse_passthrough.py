@@ -1,11 +1,14 @@
-"""The keeper lends the kernel only what is fit: regular files of the store, of one name, open for reading only."""
+"""The keeper lends the kernel only what is fit, open for reading only: regular files of the store, of one name, and
+sealed files in memory."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import socket
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,7 +20,6 @@ from tests.mounted import needs_mount
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = needs_mount
 
@@ -91,3 +93,17 @@ def test_files_of_others_and_of_other_filesystems_are_refused(borrower: Borrower
 def test_closing_an_unknown_id_does_no_harm(borrower: Borrower, part: Path) -> None:
     borrower.close(4711)
     assert refusal(borrower, part) is None
+
+
+def test_a_file_in_memory_is_lent_once_it_can_never_change(borrower: Borrower) -> None:
+    fd = os.memfd_create("decoded", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        os.write(fd, b"x" * 4096)
+        path = Path(f"/proc/self/fd/{fd}")
+        for seal in (fcntl.F_SEAL_SHRINK, fcntl.F_SEAL_GROW, fcntl.F_SEAL_WRITE, fcntl.F_SEAL_SEAL):
+            assert refusal(borrower, path) == errno.EACCES
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seal)
+        assert refusal(borrower, path) is None
+        assert refusal(borrower, path, os.O_RDWR) == errno.EACCES
+    finally:
+        os.close(fd)

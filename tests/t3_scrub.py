@@ -145,7 +145,7 @@ def test_large_parts_are_read_piece_by_piece(tmp_path: Path) -> None:
 def test_windows_cover_every_piece_once(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scrub, "WINDOW", window)
     layout = chunk.layout(MANIFEST, MANIFEST.parts[0], 256)
-    runs = list(scrub.windows(layout))
+    runs = list(scrub.windows(layout.bounds))
     assert [first for first, _ in runs] == [0, *(last for _, last in runs[:-1])]
     assert runs[-1][1] == len(layout.bounds) - 1
     sizes = np.diff(layout.bounds[[0, *(last for _, last in runs)]])

@@ -46,6 +46,8 @@ class Question:
     tokens: int = 0
     answers: tuple[Answer, ...] | None = None
     reason: str = ""
+    handled: threading.Event = field(default_factory=threading.Event)
+    """Set when the thread is done with it."""
 
     def __post_init__(self) -> None:
         self.tokens = len(self.chains[0])
@@ -100,6 +102,7 @@ class Lookups:
                 log.debug("lookup failed: %s", e)
             if question.answers is None:
                 question.answers = found
+            question.handled.set()
 
     def _restore(self, chains: Sequence[Chain]) -> None:
         for chain in chains:

@@ -1,4 +1,4 @@
-"""The scheduler half: keys, lookups, what to load and what to store. It moves no bytes and never waits.
+"""The scheduler half: keys, lookups, what to load and what to store. It moves no bytes and waits for `BRIEF` at most.
 
 vLLM calls it between steps. For one request: ``matched`` again and again while it is queued; ``allocated`` when it is
 admitted, and once more when a load has ended; ``scheduled`` in every step that computes some of it; ``finished``.
@@ -26,6 +26,11 @@ __all__ = ["SchedulerHalf"]
 
 Tables = Sequence[Sequence[int]]
 """A request's block ids, one list per group of the engine."""
+
+BRIEF = 0.003
+"""Seconds that the questions of one step are waited for, all together. An engine that has nothing else to run asks
+again and again without a pause, and would keep the interpreter from the thread that answers; and requests that came
+together start together only if their answers do."""
 
 _UNFIT_TO_STORE = frozenset({"FINISHED_ABORTED", "FINISHED_ERROR", "FINISHED_IGNORED"})
 
@@ -96,6 +101,7 @@ class SchedulerHalf:
         self._requests: dict[str, Tracked] = {}
         self._announced: set[bytes] = set()
         self._step = StepJobs()
+        self._brief = BRIEF  # what is left of it in this step
 
     def start(self, geometry: Geometry) -> None:
         """Begin: the workers have told what their layers are."""
@@ -136,6 +142,7 @@ class SchedulerHalf:
         question = tracked.question
         if question is None or not question.holds(request.num_tokens):
             question = tracked.question = self._lookups.ask([c.extend() for c in tracked.chains])
+        self._wait(question)
         if question.answers is None and not self._lookups.overdue(question):
             return None, False
         if (question, computed) != tracked.planned:  # a queued request is asked for in every step
@@ -155,6 +162,12 @@ class SchedulerHalf:
             tracked.reads = False  # the same answer when it is asked again
             return 0, False
         return hit, hit > 0
+
+    def _wait(self, question: Question) -> None:
+        if question.answers is None and self._brief > 0:
+            began = time.monotonic()
+            question.handled.wait(self._brief)
+            self._brief -= time.monotonic() - began
 
     def _plan(self, answer: Answer, computed: int, limit: int) -> Plan | None:
         manifest = answer.chain.manifest
@@ -219,7 +232,7 @@ class SchedulerHalf:
 
     def take_step(self) -> StepJobs:
         """The jobs gathered since the last step."""
-        step, self._step = self._step, StepJobs()
+        step, self._step, self._brief = self._step, StepJobs(), BRIEF
         return step
 
     def scheduled(

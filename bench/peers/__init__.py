@@ -146,7 +146,13 @@ PEERS = {
         Peer("none", "no connector", lambda _store: None),
         Peer("kvfs", "kvfs, mounted", lambda store: kvfs_connector(mount=str(mountpoint(store))), service=mounted),
         Peer("kvfs-store", "kvfs, no daemon", lambda store: kvfs_connector(store=str(store))),
-        Peer("example", "ExampleConnector", example_connector),
+        # It keeps what one step computed: a prompt of two is stored cut short, and loading that kills the engine.
+        Peer(
+            "example",
+            "ExampleConnector (whole prompts in a step)",
+            example_connector,
+            arguments={"max_num_batched_tokens": 16384},
+        ),
         Peer("offload-fs", "OffloadingConnector, fs tier (host-copy shim)", offloading_connector),
         Peer(
             "lmcache",

@@ -81,6 +81,12 @@ class Backings:
         with self._lock:
             self._drop(node)
 
+    def let_go(self, inode: int) -> None:
+        """Give back the id kept of a file that nobody has open, by its inode in the store."""
+        with self._lock:
+            for node in [each for each in self._idle.values() if each.inode == inode]:
+                self._drop(node)
+
     def _drop(self, node: Node) -> None:
         backing = self._nodes.drop_backing(node)
         if backing:

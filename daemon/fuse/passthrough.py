@@ -19,6 +19,7 @@ from struct import Struct
 from typing import Final
 
 from kvfs.daemon.fuse.abi import BACKING_CLOSE, BACKING_MAP, BACKING_OPEN
+from kvfs.files import is_sealed
 
 CAP_SYS_ADMIN: Final = 21
 REQUEST: Final = Struct("=i")  # 0 with a descriptor: make an id; else the id to close
@@ -45,14 +46,12 @@ class Lender:
 
     def open(self, fd: int) -> int:
         """A backing id for an open file, which the caller may close. Raises OSError: EACCES for a file that is not fit
-        (a regular file of the store's device and owner, with one name, open for reading only), else the kernel's."""
+        (open for reading only, regular, and of the store's device and owner with one name, or in memory and sealed),
+        else the kernel's."""
         there = os.fstat(fd)
-        fit = (
-            stat.S_ISREG(there.st_mode)
-            and (there.st_dev, there.st_uid, there.st_nlink) == (self._device, self._owner, 1)
-            and fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
-        )
-        if not fit:
+        is_stored = (there.st_dev, there.st_uid, there.st_nlink) == (self._device, self._owner, 1)
+        is_read = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY
+        if not (stat.S_ISREG(there.st_mode) and is_read and (is_stored or is_sealed(fd))):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES))
         backing: int = fcntl.ioctl(self._fuse_fd, BACKING_OPEN, bytearray(BACKING_MAP.pack(fd, 0, 0)))
         return backing

@@ -16,6 +16,7 @@ from kvfs.daemon.fuse import abi
 from kvfs.daemon.fuse.abi import Fopen, Op
 from kvfs.daemon.incoming import refusal
 from kvfs.daemon.view import FOREVER, WRITING
+from kvfs.errors import ChunkCorrupt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -230,7 +231,7 @@ class Requests:
             else:
                 try:
                     entry = self._entry(child(node, name))
-                except FileNotFoundError:
+                except (FileNotFoundError, ChunkCorrupt):
                     continue
                 (node_id,) = abi.FORGET_IN.unpack_from(entry)
             out += entry + self._dirent(node_id, i, name, mode)
@@ -253,15 +254,15 @@ class Requests:
         if isinstance(opened, bytes):
             return abi.OPEN_OUT.pack(self._view.keep(opened), Fopen.DIRECT_IO | Fopen.NOFLUSH, 0)
         try:
-            if os.fstat(opened).st_ino != node.inode:
+            if opened.inode != node.inode:
                 raise refusal(errno.ESTALE)
-            backing = self._backings.open(node, opened)
+            backing = self._backings.open(node, opened.fd)
         except BaseException:
-            os.close(opened)
+            os.close(opened.fd)
             raise
         if not backing:
-            return abi.OPEN_OUT.pack(self._view.keep(opened), Fopen.KEEP_CACHE | Fopen.NOFLUSH, 0)
-        os.close(opened)
+            return abi.OPEN_OUT.pack(self._view.keep(opened.fd), Fopen.KEEP_CACHE | Fopen.NOFLUSH, 0)
+        os.close(opened.fd)
         return abi.OPEN_OUT.pack(0, Fopen.PASSTHROUGH | Fopen.NOFLUSH, backing)
 
     def read(self, node: Node, body: memoryview, _unique: int) -> bytes:

@@ -107,6 +107,10 @@ class Session:
         for path in paths:
             self._gone.put(path)
 
+    def let_go(self, inode: int) -> None:
+        """Memory is needed: give back the backing id of a file of the store that nobody has open."""
+        self._backings.let_go(inode)
+
     def refresh(self) -> None:
         """Let the kernel forget the names whose files went while no worker was there to say so."""
         self.gone([node.path for node in self._nodes if node.inode and not self._requests.current(node)])
@@ -129,9 +133,10 @@ class Session:
                 self._handle(task, *request)
 
     def hand_over(self) -> None:
-        """Let another thread read requests while this one is at something that may take long."""
-        task: Task = self._mine.task
-        if task.reads:
+        """Let another thread read requests while this one, if it is the one that does, is at something that may take
+        long."""
+        task: Task | None = getattr(self._mine, "task", None)
+        if task is not None and task.reads:
             task.reads = False
             self._reading.release()
 

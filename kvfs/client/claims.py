@@ -11,12 +11,13 @@ __all__ = ["Lease", "LeasedPart", "Reservation"]
 
 class LeasedPart(NamedTuple):
     """A part open for reading.  Unless ``verified``, the reader checks the checksums of what it reads and tells
-    the result by ``report``."""
+    the result by ``report``.  ``form``: of what ``fd`` holds, one of `kvfs.codec.FORMS`."""
 
     key: bytes
     part: PartId
     fd: int
     verified: bool
+    form: str = "raw"
 
 
 class Lease:

@@ -18,6 +18,7 @@ import numpy as np
 from kvfs.client.claims import Lease, LeasedPart, Reservation
 from kvfs.client.fork import restart_in_child
 from kvfs.client.link import Call, Link
+from kvfs.codec import FORMS
 from kvfs.errors import DaemonUnavailable, KvfsError, ProtocolError
 from kvfs.identity import Manifest, PartId, canonical_json
 from kvfs.protocol import MAX_FDS, MAX_KEYS, Deadline, join_keys
@@ -79,25 +80,28 @@ class MountClient:
             masks += np.frombuffer(reply["masks"], dtype="<u8").tolist()
         return masks
 
-    def lease(self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], timeout: float = 0.5) -> Lease:
-        """Open parts for reading and keep their chunks from eviction; all of them or none.
+    def lease(
+        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], timeout: float = 0.5, coded: bool = False
+    ) -> Lease:
+        """Open parts for reading and keep their chunks from eviction; all of them or none.  ``coded``: take a part as
+        it is stored; otherwise one without its raw form is decoded first.
 
         ChunkNotFound names the first missing part; ChunkCorrupt, NamespaceNotFound, DeadlineExceeded,
-        DaemonUnavailable.
+        DaemonUnavailable, StoreBusy if there is no memory to decode it now.
         """
         deadline = Deadline(f"lease at {self.path}", timeout)
         parts: list[LeasedPart] = []
         ids: list[int] = []
         try:
             for at in range(0, len(refs), MAX_FDS):
-                parts += self._lease_some(ns, refs[at : at + MAX_FDS], deadline, ids)
+                parts += self._lease_some(ns, refs[at : at + MAX_FDS], deadline, ids, coded)
         except BaseException:
             Lease(tuple(parts), functools.partial(self._end, ids)).release()
             raise
         return Lease(tuple(parts), functools.partial(self._end, ids))
 
     def _lease_some(
-        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], deadline: Deadline, ids: list[int]
+        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], deadline: Deadline, ids: list[int], coded: bool
     ) -> list[LeasedPart]:
         number = {part: i for i, part in enumerate(dict.fromkeys(part for _, part in refs))}
         with self._lock:
@@ -112,22 +116,24 @@ class MountClient:
             keys=join_keys(keys),
             names=[str(part) for part in number],
             which=bytes(number[part] for _, part in refs),
+            coded=coded,
         )
-        verified = reply["verified"]
-        if len(fds) != len(refs) or len(verified) != len(refs):
+        verified, forms = reply["verified"], reply["forms"]
+        if {len(fds), len(verified), len(forms)} != {len(refs)} or any(form >= len(FORMS) for form in forms):
             for fd in fds:
                 os.close(fd)
             raise ProtocolError(f"{len(fds)} descriptors for {len(refs)} parts")
         with self._lock:
             self._leases[lease] = (ns, list(dict.fromkeys(keys)))
         ids.append(lease)
-        return [LeasedPart(*ref, fd, bool(ok)) for ref, fd, ok in zip(refs, fds, verified, strict=True)]
+        opened = zip(refs, fds, verified, forms, strict=True)
+        return [LeasedPart(*ref, fd, bool(ok), FORMS[form]) for ref, fd, ok, form in opened]
 
-    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> None:
+    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> bool:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and
-        the daemon checks it again and takes it away."""
-        fields: dict[str, Any] = {} if reason is None else {"reason": reason}
-        self._reads.call("report", timeout, ns=ns, key=key, part=str(part), **fields)
+        the daemon checks it again and takes it away.  True if nothing damaged is left in its place."""
+        reply, _ = self._reads.call("report", timeout, ns=ns, key=key, part=str(part), **_given(reason=reason))
+        return bool(reply["gone"])
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Count chunks as used now."""
@@ -172,8 +178,7 @@ class MountClient:
     def reserve(self, ns: bytes, nbytes: int, timeout: float = 0.5, key: bytes | None = None) -> Reservation:
         """A new file to write one part of ``nbytes`` into, of the chunk ``key``: beyond the daemon's budget for writes
         only a key that is offered again is taken.  StoreFull (its ``reason``), StoreReadOnly, NamespaceNotFound."""
-        of: dict[str, Any] = {} if key is None else {"key": key}
-        reply, fds = self._writes.call("reserve", timeout, nfds=1, ns=ns, nbytes=nbytes, **of)
+        reply, fds = self._writes.call("reserve", timeout, nfds=1, ns=ns, nbytes=nbytes, **_given(key=key))
         if not fds:
             raise ProtocolError("a reservation without a descriptor")
         return Reservation(ns, fds[0], reply["token"], functools.partial(self._discard, reply["token"]))
@@ -204,9 +209,23 @@ class MountClient:
     def evict(self, ns: bytes | None, nbytes: int, timeout: float = 600.0) -> tuple[int, int]:
         """Have the least useful chunks of a namespace, or of all (None), removed until ``nbytes`` are free; returns
         chunks and bytes.  Needs the daemon's rights."""
-        of: dict[str, Any] = {} if ns is None else {"ns": ns}
-        reply, _ = self._writes.call("evict", timeout, nbytes=nbytes, **of)
+        reply, _ = self._writes.call("evict", timeout, nbytes=nbytes, **_given(ns=ns))
         return int(reply["chunks"]), int(reply["bytes"])
+
+    def compact(self, ns: bytes | None, idle: int | None, seconds: int, timeout: float = 600.0) -> dict[str, Any]:
+        """Have chunks of a namespace, or of all (None), that were not used for ``idle`` seconds (None: as the daemon is
+        configured) brought to the coded form, for about ``seconds``; returns ``chunks``, bytes ``before`` and
+        ``after``, and whether all is ``done``.  Needs the daemon's rights."""
+        return self._writes.call("compact", timeout, seconds=seconds, **_given(ns=ns, idle=idle))[0]
+
+    def plan(self, ns: bytes | None, idle: int | None, level: str | None = None, timeout: float = 600.0) -> list[Any]:
+        """What `compact` would do, by namespace: see `kvfs.daemon.compact.Compactor.plan`."""
+        return list(self._document("plan", timeout, **_given(ns=ns, idle=idle, level=level))["namespaces"])
+
+    def force(self, ns: bytes, level: str, timeout: float = 5.0) -> None:
+        """Have a namespace of fidelity lossy compacted to a level, whatever `kvfs quality` found.  IdentityError.
+        Needs the daemon's rights."""
+        self._writes.call("force", timeout, ns=ns, level=level)
 
     def pin(self, ns: bytes, key: bytes, pinned: bool, timeout: float = 5.0) -> None:
         """Keep a chunk and those before it in its text from eviction, or end that.  ChunkNotFound.  Needs the daemon's
@@ -251,3 +270,8 @@ class MountClient:
         if not isinstance(document, dict):
             raise ProtocolError(f"the answer to {verb} is not an object")
         return document
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """The fields that have a value."""
+    return {name: value for name, value in fields.items() if value is not None}

@@ -15,16 +15,20 @@ from kvfs.client.fork import restart_in_child
 from kvfs.client.lane import Lane
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError
 from kvfs.explain import Known, explain
+from kvfs.hydrate import Area
 from kvfs.identity import Manifest, PartId
-from kvfs.names import leaf_name
+from kvfs.names import leaf_name, part_path
 from kvfs.network import is_network
 from kvfs.protocol import Deadline
+from kvfs.reader import Reader
 from kvfs.store import Store, Temp
 from kvfs.verify import Verifier
 
 __all__ = ["StoreClient"]
 
 RELEASE = 0.05
+MAX_DECODED = 1 << 30
+"""Bytes of parts decoded for readers of this client."""
 RELISTS = 8
 """Leaf folders listed again, at most, for one lookup on a network filesystem."""
 RELIST_AGAIN = 1.0
@@ -43,7 +47,7 @@ class StoreClient:
         self.path = Path(path)
         self._durability = durability
         self._reads, self._writes = Lane(path), Lane(path)
-        self._verifier: Verifier | None = None
+        self._reader: Reader | None = None
         self._listed: dict[tuple[bytes, str], float] = {}
         self._counts = {"hits": 0, "misses": 0, "publishes": 0, "drops": 0}
         self._quarantined: dict[str, int] = {}
@@ -56,16 +60,16 @@ class StoreClient:
     def restart(self) -> None:
         """Be as new, in a forked child: what has been verified is known to one process only."""
         self._opening = threading.Lock()
-        if self._verifier is not None:
-            self._verifier.store.close()
-            self._verifier = None
+        if self._reader is not None:
+            self._forget(self._reader)
+            self._reader = None
 
     def close(self) -> None:
         """End the threads and close the store; leases stay readable."""
         idle = [lane.close() for lane in (self._reads, self._writes)]
-        if all(idle) and self._verifier is not None:
-            self._verifier.store.close()
-            self._verifier = None
+        if all(idle) and self._reader is not None:
+            self._forget(self._reader)
+            self._reader = None
 
     def __enter__(self) -> Self:
         return self
@@ -73,14 +77,20 @@ class StoreClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> Verifier:
+    @staticmethod
+    def _forget(reader: Reader) -> None:
+        reader.area.close()
+        reader.verifier.store.close()
+
+    def _open(self) -> Reader:
         """The store, opened by whichever lane needs it first."""
         with self._opening:
-            if self._verifier is None:
-                self._verifier = Verifier(Store.open(self.path, self._durability))
+            if self._reader is None:
+                verifier = Verifier(Store.open(self.path, self._durability))
+                self._reader = Reader(verifier, Area(MAX_DECODED), self._lost)
                 if self.network is None:
                     self.network = is_network(self.path)
-            return self._verifier
+            return self._reader
 
     # --- reading ---
 
@@ -97,7 +107,7 @@ class StoreClient:
         return masks
 
     def _masks(self, ns: bytes, keys: Sequence[bytes], budget: Deadline) -> list[int]:
-        store = self._open().store
+        store = self._open().verifier.store
         masks = store.masks(ns, keys)
         if self.network:
             whole = store.manifest(ns).all_parts
@@ -122,42 +132,47 @@ class StoreClient:
         self._listed[ns, leaf] = now
         return True
 
-    def lease(self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], timeout: float = 0.5) -> Lease:
-        """Open parts for reading; all of them or none.
+    def lease(
+        self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], timeout: float = 0.5, coded: bool = False
+    ) -> Lease:
+        """Open parts for reading; all of them or none.  ``coded``: take a part as it is stored; otherwise one without
+        its raw form is decoded first.
 
         ChunkNotFound names the first missing part; ChunkCorrupt, NamespaceNotFound, NotAStore, DeadlineExceeded,
-        DaemonUnavailable.
+        DaemonUnavailable, StoreBusy if decoded parts in use take all the memory that they may.
         """
-        return self._reads.call("lease", timeout, lambda: self._lease(ns, refs), Lease.release)
+        return self._reads.call("lease", timeout, lambda: self._lease(ns, refs, coded), Lease.release)
 
-    def _lease(self, ns: bytes, refs: Sequence[tuple[bytes, PartId]]) -> Lease:
-        verifier = self._open()
+    def _lease(self, ns: bytes, refs: Sequence[tuple[bytes, PartId]], coded: bool) -> Lease:
+        reader = self._open()
         parts: list[LeasedPart] = []
         try:
             for key, part in refs:
-                try:
-                    opened = verifier.open(ns, key, part)
-                except ChunkCorrupt as e:
-                    self._put_away(verifier, ns, key, part, e)
-                    raise
-                parts.append(LeasedPart(key, part, opened.fd, opened.verified))
+                opened = reader.open(ns, key, part, coded)
+                parts.append(LeasedPart(key, part, opened.fd, opened.verified, opened.form))
         except BaseException:
             Lease(tuple(parts), _nothing).release()
             raise
         return Lease(tuple(parts), _nothing)
 
-    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> None:
+    def report(self, ns: bytes, key: bytes, part: PartId, reason: str | None = None, timeout: float = 1.0) -> bool:
         """Tell what reading a leased part showed: None, its checksums are right; else why it is damaged, and it is
-        checked again and taken away."""
-        self._reads.call("report", timeout, lambda: self._report(ns, key, part, reason))
+        checked again and taken away.  True if nothing damaged is left in its place."""
+        return self._reads.call("report", timeout, lambda: self._report(ns, key, part, reason))
 
-    def _report(self, ns: bytes, key: bytes, part: PartId, reason: str | None) -> None:
-        verifier = self._open()
-        with contextlib.suppress(ChunkNotFound):
-            if reason is None:
+    def _report(self, ns: bytes, key: bytes, part: PartId, reason: str | None) -> bool:
+        verifier = self._open().verifier
+        store = verifier.store
+        if reason is None:
+            with contextlib.suppress(ChunkNotFound):
                 verifier.vouch(ns, key, part)
-            elif error := verifier.condemn(ns, key, part):
-                self._quarantined[error.reason] = self._quarantined.get(error.reason, 0) + 1
+        else:
+            damage = {coded: error for coded, error in verifier.recheck(ns, key, part).items() if error is not None}
+            for coded, error in damage.items():
+                self._lost(ns, key, part, error, coded)
+            if damage:
+                return not any(os.path.lexists(store.path / ns.hex() / part_path(key, part, coded)) for coded in damage)
+        return not store.masks(ns, [key])[0] & store.manifest(ns).bit(part)
 
     def touch(self, ns: bytes, keys: Sequence[bytes], timeout: float = 0.05) -> None:
         """Do nothing: recency is the daemon's to keep."""
@@ -166,7 +181,7 @@ class StoreClient:
 
     def register(self, manifest: Manifest, info: Mapping[str, Any] | None = None, timeout: float = 5.0) -> bytes:
         """Make the namespace of a manifest, or find it; ``info`` is what people call it.  Returns its digest."""
-        return self._writes.call("register", timeout, lambda: self._open().store.register(manifest, info))
+        return self._writes.call("register", timeout, lambda: self._open().verifier.store.register(manifest, info))
 
     def reserve(
         self,
@@ -179,14 +194,14 @@ class StoreClient:
 
         def undo(temp: Temp) -> None:
             os.close(temp.fd)
-            self._open().store.discard(ns, temp.name)
+            self._open().verifier.store.discard(ns, temp.name)
 
-        temp = self._writes.call("reserve", timeout, lambda: self._open().reserve(ns, nbytes), undo)
+        temp = self._writes.call("reserve", timeout, lambda: self._open().verifier.reserve(ns, nbytes), undo)
         return Reservation(ns, temp.fd, temp.name, functools.partial(self._discard, ns, temp.name))
 
     def _discard(self, ns: bytes, token: str) -> None:
         with contextlib.suppress(KvfsError):  # reaped as a dead writer's, later
-            self._writes.call("discard", RELEASE, lambda: self._open().store.discard(ns, token))
+            self._writes.call("discard", RELEASE, lambda: self._open().verifier.store.discard(ns, token))
 
     def publish(self, ns: bytes, reservation: Reservation, key: bytes, part: PartId, timeout: float = 5.0) -> bool:
         """Check what was written and make it part ``part`` of chunk ``key``; closes the reservation.
@@ -197,7 +212,7 @@ class StoreClient:
         reservation.spend()
         token = reservation.token
         try:
-            admitted = self._writes.call("publish", timeout, lambda: self._open().admit(ns, token, key, part))
+            admitted = self._writes.call("publish", timeout, lambda: self._open().verifier.admit(ns, token, key, part))
         except KvfsError:
             self._counts["drops"] += 1
             raise
@@ -208,7 +223,7 @@ class StoreClient:
         """Remove a chunk; False if there was none."""
 
         def remove() -> bool:
-            store = self._open().store
+            store = self._open().verifier.store
             [mask] = store.masks(ns, (key,))
             store.remove(ns, key, store.manifest(ns).parts)
             return mask != 0
@@ -219,7 +234,7 @@ class StoreClient:
         """Remove a namespace and all its chunks; returns how many."""
 
         def retire() -> int:
-            store = self._open().store
+            store = self._open().verifier.store
             chunks = len({found.key for found in store.scan(ns)})
             store.retire(ns)
             return chunks
@@ -235,7 +250,7 @@ class StoreClient:
         know the namespace."""
 
         def ask() -> dict[str, Any]:
-            store = self._open().store
+            store = self._open().verifier.store
             known = {n: Known(store.manifest(n), store.info(n), None) for n in store.namespaces()}
             masks = store.masks(ns, keys) if ns in known else []
             return explain(ns, keys, masks, known, manifest)
@@ -247,7 +262,7 @@ class StoreClient:
         return self._writes.call("stats", timeout, self._stats)
 
     def _stats(self) -> dict[str, Any]:
-        store = self._open().store
+        store = self._open().verifier.store
         namespaces = [_namespace_stats(store, ns) for ns in store.namespaces()]
         lost, lost_bytes = store.lost.totals()
         space = os.statvfs(self.path)
@@ -265,9 +280,10 @@ class StoreClient:
             "lost_found": {"entries": lost, "bytes": lost_bytes, "purged": store.lost.purged},
         }
 
-    def _put_away(self, verifier: Verifier, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt) -> None:
-        verifier.quarantine(ns, key, part, error)
-        self._quarantined[error.reason] = self._quarantined.get(error.reason, 0) + 1
+    def _lost(self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool) -> None:
+        if isinstance(error, ChunkCorrupt):
+            self._open().verifier.quarantine(ns, key, part, error, coded)
+            self._quarantined[error.reason] = self._quarantined.get(error.reason, 0) + 1
 
 
 def _namespace_stats(store: Store, ns: bytes) -> dict[str, Any]:

@@ -6,8 +6,8 @@ by budget.  Its anchors and its tables in every chunk are not here: they measure
 """
 
 from kvfs.codec.encode import encode_part
-from kvfs.codec.levels import LEVELS, Level, level
+from kvfs.codec.levels import FORMS, LEVELS, Level, level
 from kvfs.codec.partfile import MAX_INDEX, CodedPart
 from kvfs.codec.rope import Rope, rope_of
 
-__all__ = ["LEVELS", "MAX_INDEX", "CodedPart", "Level", "Rope", "encode_part", "level", "rope_of"]
+__all__ = ["FORMS", "LEVELS", "MAX_INDEX", "CodedPart", "Level", "Rope", "encode_part", "level", "rope_of"]

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from kvfs.errors import ConfigError
 
-__all__ = ["LEVELS", "Level", "level"]
+__all__ = ["FORMS", "LEVELS", "Level", "level"]
 
 
 class Level(NamedTuple):
@@ -35,6 +35,9 @@ LEVELS = {
     )
 }
 """From the finest to the coarsest."""
+
+FORMS = ("raw", *(x.form for x in LEVELS.values()))
+"""Every form that a part is stored in, from the finest to the coarsest."""
 
 
 def level(name: str) -> Level:

@@ -114,6 +114,11 @@ class CodedPart:
             raise ChunkCorrupt(self.name, "wrong-shape", "its tensors are not those of this namespace")
 
     @property
+    def form(self) -> str:
+        """One of `kvfs.codec.FORMS`."""
+        return self.level.form
+
+    @property
     def layout(self) -> PartLayout:
         """Of the raw form; ``chunk.encode_header(manifest, meta, sums)`` makes its header."""
         return self.index.layout

@@ -13,7 +13,7 @@ from kvfs.errors import IdentityError, KvfsError, NamespaceNotFound, NotAStore
 from kvfs.files import DIR_MODE, OPEN_DIR, from_os_error, is_damage, make_dir, read_small
 from kvfs.fsck.findings import Finding, Repairs
 from kvfs.fsck.parts import Parts, Place
-from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_part_name
+from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_file_name
 from kvfs.quarantine import FOLDER
 from kvfs.store import MANIFEST, TEMPS
 
@@ -157,7 +157,7 @@ def _leaf(repairs: Repairs, parts: Parts, folder: int, path: str, ns: bytes) -> 
     yield from check_folder(repairs, folder, path, needed=False)
     leaf = os.path.basename(path)
     with opened(folder, leaf) as (fd, names):
-        named = {name: found for name in names if (found := parse_part_name(name)) and leaf_name(found[0]) == leaf}
+        named = {name: found for name in names if (found := parse_file_name(name)) and leaf_name(found[0]) == leaf}
         for name in names:  # before those in their place, of which they may be second names
             if name not in named:
                 yield from _stray(parts, fd, f"{path}/{name}")

@@ -10,11 +10,12 @@ from functools import partial
 from typing import NamedTuple
 
 from kvfs.chunk import open_part, read_header
+from kvfs.coded import open_coded, read_coded_header
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, NamespaceNotFound
 from kvfs.files import OPEN_DIR, OPEN_FILE, make_dir
 from kvfs.fsck.findings import Finding, Repairs
 from kvfs.identity import PartId
-from kvfs.names import leaf_name, part_name, part_path
+from kvfs.names import CODED, SUFFIX, leaf_name, part_name, part_path
 from kvfs.store import FILE_MODE
 
 __all__ = ["Chunk", "Parts", "Place"]
@@ -24,25 +25,29 @@ _COPY = 1 << 20
 
 
 class Place(NamedTuple):
-    """Where a part belongs."""
+    """Where a part belongs, in its form."""
 
     ns: bytes
     key: bytes
     part: PartId
+    coded: bool = False
 
     @property
     def path(self) -> str:
         """Relative to the store."""
-        return f"{self.ns.hex()}/{part_path(self.key, self.part)}"
+        return f"{self.ns.hex()}/{part_path(self.key, self.part, self.coded)}"
 
 
 @dataclass(slots=True)
 class Chunk:
-    """What the headers of a chunk's parts say, and when the newest of these got its name (Unix seconds)."""
+    """What the headers of a chunk's parts say, which of them are there in either form and which in their coded one, and
+    when the newest of these got its name (Unix seconds)."""
 
     parent: bytes
     position: int
     mask: int = 0
+    raw: int = 0
+    coded: int = 0
     size: int = 0
     newest: float = 0.0
 
@@ -89,17 +94,24 @@ class Parts:
     def _identify(self, fd: int, name: str) -> tuple[Place, Chunk]:
         """Where a file belongs by its own header, which its checksum vouches for; ChunkCorrupt if it is no part of
         this store."""
-        meta = read_header(fd, name).meta
+        try:
+            coded, meta = False, read_header(fd, name).meta
+        except ChunkCorrupt as e:
+            try:
+                coded, meta = True, read_coded_header(fd, name).meta
+            except ChunkCorrupt as of_coded:
+                raise (of_coded if name.endswith(CODED + SUFFIX) else e) from None
         try:
             manifest = self._store.manifest(meta.ns)
-            with open_part(os.dup(fd), manifest, meta.key, meta.part) as file:
+            opened = open_coded if coded else open_part
+            with opened(os.dup(fd), manifest, meta.key, meta.part) as file:
                 if self._data:
                     file.verify()
         except NamespaceNotFound:
             raise ChunkCorrupt(name, "wrong-ns", f"its namespace {meta.ns.hex()[:12]} is not here") from None
         except IdentityError as e:
             raise ChunkCorrupt(name, "wrong-part", str(e)) from None
-        return Place(meta.ns, meta.key, meta.part), Chunk(meta.parent, meta.position)
+        return Place(meta.ns, meta.key, meta.part, coded), Chunk(meta.parent, meta.position)
 
     def _settle_part(
         self, dir_fd: int, path: str, fd: int, place: Place | None, home: Place, chunk: Chunk
@@ -138,12 +150,14 @@ class Parts:
                 return repairs.repair("hard-link", path, second, "removed", remove), True
             return repairs.move_away("duplicate", path, f"{home.path} is there too", dir_fd), True
         known = self.chunks.get(home.ns, {}).get(home.key)
-        if known and known.mask & self._store.manifest(home.ns).bit(home.part):  # in a dry run
+        forms = (known.coded if home.coded else known.raw) if known else 0
+        if forms & self._store.manifest(home.ns).bit(home.part):  # in a dry run
             return repairs.move_away("duplicate", path, f"{home.path} is there too", dir_fd), True
 
         def do() -> None:
             with self._leaf(home) as leaf:
-                os.link(name, part_name(home.key, home.part), src_dir_fd=dir_fd, dst_dir_fd=leaf, follow_symlinks=False)
+                name_there = part_name(home.key, home.part, home.coded)
+                os.link(name, name_there, src_dir_fd=dir_fd, dst_dir_fd=leaf, follow_symlinks=False)
             os.unlink(name, dir_fd=dir_fd)
 
         return repairs.repair("misplaced", path, "a part out of its place", f"moved to {home.path}", do), False
@@ -164,13 +178,14 @@ class Parts:
 
     def _separate(self, fd: int, home: Place) -> None:
         """Put a checked copy in place of a part that has other names, which may be anybody's."""
-        ns, key, part = home
+        ns, key, part, coded = home
         temp = self._store.reserve(ns)
         try:
             at = 0
             while n := os.copy_file_range(fd, temp.fd, _COPY, at, at):
                 at += n
-            with open_part(os.dup(temp.fd), self._store.manifest(ns), key, part) as copy:
+            opened = open_coded if coded else open_part
+            with opened(os.dup(temp.fd), self._store.manifest(ns), key, part) as copy:
                 copy.verify()
         except BaseException:
             self._store.discard(ns, temp.name)
@@ -178,13 +193,18 @@ class Parts:
         finally:
             os.close(temp.fd)
         with self._leaf(home) as leaf:
-            os.unlink(part_name(key, part), dir_fd=leaf)
-        self._store.publish(ns, temp.name, key, part)
+            os.unlink(part_name(key, part, coded), dir_fd=leaf)
+        self._store.publish(ns, temp.name, key, part, coded)
 
     def _remember(self, home: Place, chunk: Chunk, st: os.stat_result) -> None:
         rows = self.chunks.setdefault(home.ns, {})
         row = rows.setdefault(home.key, chunk)
-        row.mask |= self._store.manifest(home.ns).bit(home.part)
+        bit = self._store.manifest(home.ns).bit(home.part)
+        row.mask |= bit
+        if home.coded:
+            row.coded |= bit
+        else:
+            row.raw |= bit
         row.size += st.st_size
         row.newest = max(row.newest, st.st_ctime)
         self.count += 1

@@ -28,6 +28,7 @@ def _rows(count: int = 4, **columns: Any) -> dict[str, bytes]:
     rows = Rows()
     good: dict[str, Any] = {name: [0] * count for name in Rows.KEPT} | {
         "mask": [1] * count,
+        "raw": [1] * count,
         "size": [12288] * count,
         "stamp": [1] * count,
         "tokens": [256] * count,
@@ -72,7 +73,10 @@ SNAPSHOTS: Final[dict[str, bytes]] = {
     "a circle": _with(parent=[4, 1, 2, 3]),
     "a circle of equals": _with(parent=[2, 1, 0, 0], depth=[0, 0, 0, 0]),
     "a parent that lies deeper": _with(depth=[3, 2, 1, 0]),
-    "parts that there are not": _with(mask=[1, 1, 1, 1 << 63]),
+    "parts that there are not": _with(mask=[1, 1, 1, 1 << 63], raw=[1, 1, 1, 1 << 63]),
+    "parts in no form": _with(raw=[1, 1, 0, 0]),
+    "bytes of nothing": _with(mask=[1, 1, 0, 1], raw=[1, 1, 0, 1]),
+    "more packed than there is": _with(packed=[12288, 12289, 0, 0]),
     "negative sizes": _with(size=[-1, 12288, 12288, -(1 << 62)]),
     "sizes that no number holds": _with(size=[(1 << 63) - 1] * 4),
 }

@@ -1,0 +1,117 @@
+"""The chunks of one namespace as the index knows them: rows, and in which forms their parts are stored."""
+
+import functools
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from kvfs.chunk import layout
+from kvfs.codec import FORMS
+from kvfs.identity import Manifest
+from kvfs.rows import ENDS, Order, Rows, view
+
+__all__ = ["Forms", "Row", "Table", "Victim"]
+
+
+class Row(NamedTuple):
+    """What the index knows of a chunk: presence mask, bytes of all files, hits, time of the last one (Unix
+    seconds, 0 for never), tokens (0 until somebody has read a header), whether it is pinned, and the parts that are
+    there in raw and in coded form."""
+
+    mask: int
+    size: int
+    hits: int
+    last: float
+    tokens: int
+    pinned: bool
+    raw: int
+    coded: int
+
+
+class Victim(NamedTuple):
+    """A chunk that may go: nothing continues it.  ``stamp`` is the Unix second of its last use or its coming."""
+
+    key: bytes
+    mask: int
+    size: int
+    stamp: int
+
+
+class Forms(NamedTuple):
+    """Bytes of raw and of coded files, bytes that coded parts take less than their raw forms would (of those whose
+    header has been read), and chunks by the coarsest form that they were brought to."""
+
+    raw: int
+    coded: int
+    saved: int
+    chunks: dict[str, int]
+
+    @classmethod
+    def total(cls, each: Sequence[Self]) -> Self:
+        """Of several namespaces."""
+        chunks = sum((Counter(f.chunks) for f in each), Counter[str]())
+        return cls(sum(f.raw for f in each), sum(f.coded for f in each), sum(f.saved for f in each), dict(chunks))
+
+
+class Table(Rows):
+    """``partial``: chunks with a kind of which head slices are missing, and when (monotonic seconds) the last part
+    came."""
+
+    def __init__(self, manifest: Manifest, order: Callable[[Rows], Order] | None) -> None:
+        super().__init__(order)
+        self.manifest = manifest
+        self.kinds = [manifest.mask_of(kind.name) for kind in manifest.kinds]
+        self.partial: dict[bytes, float] = {}
+
+    def restore(self, dumped: dict[str, bytes]) -> None:
+        """As `Rows.restore`; ValueError too for parts that the namespace does not have."""
+        super().restore(dumped)
+        whole = self.manifest.all_parts
+        for key, i in self.number.items():
+            if self.mask[i] != whole:
+                if self.mask[i] & ~whole:
+                    raise ValueError("a part that the namespace does not have")
+                self.watch(key, self.mask[i])
+
+    def missing(self, mask: int) -> int:
+        """The parts present that are of no use, as others of their kind are not there."""
+        return sum(mask & kind for kind in self.kinds if mask & kind != kind)
+
+    def watch(self, key: bytes, mask: int) -> None:
+        """The mask of a chunk has changed."""
+        self.partial.pop(key, None)
+        if self.missing(mask):
+            self.partial[key] = time.monotonic()
+
+    def cold(self, level: int, before: float, count: int) -> list[bytes]:
+        """Up to ``count`` chunks not used since ``before``, the longest unused first, that would be smaller at the form
+        number ``level``: not brought to it yet, or with a raw form beside the coded one."""
+        raw, coded, stamp = view(self.raw)[ENDS:], view(self.coded)[ENDS:], view(self.stamp)[ENDS:]
+        finer = (view(self.mask)[ENDS:] != 0) & (view(self.level)[ENDS:] < level)
+        rows = np.flatnonzero((stamp < before) & (finer | (raw & coded != 0)))
+        if len(rows) > count:
+            rows = rows[np.argpartition(stamp[rows], count)[:count]]
+        keys = (self.keys[row + ENDS] for row in rows[np.argsort(stamp[rows], kind="stable")].tolist())
+        return [key for key in keys if key is not None]
+
+    def forms(self) -> Forms:
+        """What the forms take and save."""
+        coded, raw = view(self.coded), view(self.raw)
+        packed = int(view(self.packed).sum())
+        known = int(view(self.packed)[view(self.tokens) > 0].sum())
+        masks, which = np.unique(coded & ~raw, return_inverse=True)
+        tokens = np.bincount(which, weights=view(self.tokens), minlength=len(masks)).tolist()
+        instead = sum(int(n) * self._bytes_of_token(mask) for mask, n in zip(masks.tolist(), tokens, strict=True))
+        counts = np.bincount(view(self.level)[coded != 0], minlength=len(FORMS)).tolist()
+        chunks = {form: n for form, n in zip(FORMS, counts, strict=True) if n}
+        return Forms(self.bytes - packed, packed, instead - known, chunks)
+
+    @functools.cache  # noqa: B019 - a handful of masks, and the table lives as long
+    def _bytes_of_token(self, mask: int) -> int:
+        """Bytes that these parts of one token take in the raw form."""
+        parts = [part for part in self.manifest.parts if mask & self.manifest.bit(part)]
+        whole = self.manifest.chunk_tokens
+        return sum(layout(self.manifest, part, whole).nbytes for part in parts) // whole
