@@ -1,11 +1,12 @@
 # make demo    two engines, one prefill              make test    all tests (ARGS="-k name" for some)
 # make lint    style, types, layers                  make bench   kvfs beside its peers
+# make torture crashes, in their long forms          make fuzz    hostile input, guided by coverage
 # Everything runs from .venv, which is made on first use; models lie outside the tree (see models/).
 
 SHELL       := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := test
-.PHONY: apt venv models demo test nfs lint format bench bench-venv clean distclean fuzz-codec
+.PHONY: apt venv models demo test nfs lint format bench bench-venv clean distclean fuzz fuzz-codec torture
 
 PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python3) python3)
 BIN    := .venv/bin
@@ -53,6 +54,19 @@ test: venv models
 nfs: venv
 	@.ci/apt $(PYTHON) nfs
 	timeout -k 10 1200 $(BIN)/python -m pytest -p no:cacheprovider -rA tests/beds/nfs_clients.py $(ARGS)
+
+# The long forms of the tests of crashes take a day. In pieces: make torture ARGS="-k storm" KILLS=200 SEED=7; each
+# failure tells its seed. SIZES says of what there can be so many; docs/reliability.md what was reached.
+SIZES := KILLS CALLS ERRORS CUTS OPERATIONS WORKER_KILLS ENGINE_KILLS EXAMPLES SEED
+torture: venv models
+	KVFS_TORTURE=1 $(foreach size,$(SIZES),$(if $($(size)),KVFS_TORTURE_$(size)=$($(size)))) \
+	    $(BIN)/python -m pytest -m torture -s $(ARGS)
+
+# Hostile input, guided by coverage: TIME seconds for each of TARGETS.
+TARGETS := header frame manifest snapshot requests
+fuzz: venv
+	@$(BIN)/pip install -q -c constraints.txt atheris
+	for target in $(TARGETS); do $(BIN)/python -m tests.fuzz $$target $(or $(TIME),600); done
 
 lint: venv
 	$(BIN)/ruff check

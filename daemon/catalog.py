@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from kvfs import retired
 from kvfs.chunk import PartMeta
 from kvfs.config import Config
 from kvfs.daemon import coder
@@ -355,8 +356,8 @@ class Catalog:
     # --- behind our back ---
 
     def reconcile(self) -> tuple[int, int]:
-        """List the store and correct the index; returns parts found anew and parts found gone.  Also removes temp
-        files of writers that died."""
+        """List the store and correct the index; returns parts found anew and parts found gone.  Also removes what
+        the dead left: temp files, and namespaces that were being retired."""
         known = set(self.index.namespaces())
         counts = self.index.reconcile(
             lambda ns, key, part, appeared: self.tell("added" if appeared else "removed", ns, key, part)
@@ -367,6 +368,8 @@ class Catalog:
         for ns in present - known:
             self.tell("registered", ns)
         if not self.config.read_only:
+            with contextlib.suppress(OSError):
+                retired.clear(self.store.derived)
             for ns in present:
                 with contextlib.suppress(KvfsError, OSError):  # retired meanwhile, or not ours to write
                     self.store.reap_temps(ns)

@@ -54,6 +54,9 @@ REST: Final = 60.0
 WINDOW: Final = 1 << 20
 """Bytes read at a time, or one checksummed piece if that has more."""
 
+LEAST: Final = 256 << 10
+"""Bytes that a read counts as, at least: a small part costs as much processor time as a large one takes bandwidth."""
+
 LEAVES: Final = 4096
 MAGIC: Final = b"kvfs-scrub/1\n"
 Leaf = tuple[bytes, str]
@@ -204,7 +207,7 @@ class Scrubber:
         while (wait := max(self._next - time.monotonic(), POLL if self._is_busy() else 0.0)) > 0:
             if self._stop.wait(min(wait, POLL)):
                 return False
-        self._next = max(self._next, time.monotonic()) + size / self._rate
+        self._next = max(self._next, time.monotonic()) + max(size, LEAST) / self._rate
         return not self._stop.is_set()
 
     def _is_busy(self) -> bool:
@@ -228,7 +231,10 @@ class Scrubber:
         body = files.read_sealed(self._path, MAGIC)
         if body is None:
             return {}
-        times = {ns: array.array("I", of) for ns, of in msgpack.unpackb(body, strict_map_key=False).items()}
+        try:
+            times = {ns: array.array("I", of) for ns, of in dict(msgpack.unpackb(body)).items()}
+        except (ValueError, TypeError, RecursionError):
+            return {}
         return {ns: of for ns, of in times.items() if len(of) == LEAVES}
 
 

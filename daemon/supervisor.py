@@ -48,6 +48,7 @@ PING_LIMIT: Final = 10.0
 STOP_LIMIT: Final = 10.0
 """Seconds that a worker may take to save its state."""
 
+KILLED: Final = f"signal {int(signal.SIGKILL)}"
 TICK: Final = 1.0
 MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 
@@ -58,7 +59,7 @@ class Worker:
     def __init__(self, channel: Channel, pidfd: int, child: subprocess.Popen[bytes] | None = None) -> None:
         self.channel, self.pidfd, self._child = channel, pidfd, child
         self.started = self.heard = time.monotonic()
-        self.serving = False
+        self.serving = self.hung = False
         self.leaves_by: float | None = None
         """When it has to be gone, if it was told to make room for the next."""
 
@@ -289,7 +290,8 @@ class Supervisor:
         if not self._announced and not self._resumes:
             self._end("its worker could not start", self._error or MountError(self._point, f"worker ended: {how}"))
             return
-        delay = self._backoff.died(worker.started)
+        outside = worker.serving and how == KILLED and not worker.hung
+        delay = self._backoff.died(worker.started, outside)
         if delay is None:
             self._end("workers die", MountError(self._point, f"{self._backoff.deaths} workers died in a row: {how}"))
             return
@@ -306,6 +308,7 @@ class Supervisor:
         if silent > (PING_LIMIT if worker.serving else START_LIMIT):
             log.error("the worker of %s has been silent for %.0f s and is killed", self._point, silent)
             worker.heard = time.monotonic()
+            worker.hung = True
             worker.kill()
         elif worker.leaves_by is not None and time.monotonic() > worker.leaves_by:
             worker.kill()

@@ -85,5 +85,5 @@ class Wear:
     def _load(self) -> dict[int, int]:
         try:
             return {int(hour): int(nbytes) for hour, nbytes in json.loads(files.read_small(None, self._path)).items()}
-        except (OSError, ValueError, AttributeError, TypeError):
+        except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
             return {}

@@ -278,7 +278,7 @@ def _parse_table(table: bytes) -> PartLayout:
 
 def read_header(fd: int, name: str = "?") -> PartHeader:
     """The header of an open part, by one or two ``pread``; raises as `parse_header`, and ChunkCorrupt
-    ``unreadable`` for an I/O error."""
+    ``unreadable`` for an I/O error, ChunkNotFound for a file that another host has removed."""
     try:
         file_size = os.fstat(fd).st_size
         raw = os.pread(fd, ALIGNMENT, 0)
@@ -337,7 +337,7 @@ class PartFile:
 
     def read(self) -> bytearray:
         """The data region copied by ``pread``: no fault can reach the caller.  ChunkCorrupt ``truncated`` or
-        ``unreadable``."""
+        ``unreadable``, ChunkNotFound (removed by another host)."""
         h = self.header
         out = bytearray(h.layout.nbytes)
         view, at = memoryview(out), 0

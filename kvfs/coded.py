@@ -16,7 +16,7 @@ from kvfs import _native
 from kvfs.chunk import MAX_HEADER, PartFile, encode_header, open_part
 from kvfs.codec import MAX_INDEX, CodedPart
 from kvfs.errors import ChunkCorrupt, ChunkNotFound
-from kvfs.files import SEALS
+from kvfs.files import SEALS, from_read_error
 from kvfs.identity import Manifest, PartId
 from kvfs.store import Store
 
@@ -112,7 +112,7 @@ def _parse(fd: int, nbytes: int, name: str) -> CodedPart:
     try:
         return CodedPart.parse(os.pread(fd, nbytes, 0), os.fstat(fd).st_size, name)
     except OSError as e:
-        raise ChunkCorrupt(name, "unreadable", e.strerror) from e
+        raise from_read_error(e, name) from e
 
 
 def open_stored(store: Store, ns: bytes, key: bytes, part: PartId) -> PartFile | CodedFile:
@@ -141,7 +141,7 @@ def read_all(fd: int, size: int, name: str) -> bytearray:
                 raise ChunkCorrupt(name, "truncated", "the file ends inside its data")
             at += n
     except OSError as e:
-        raise ChunkCorrupt(name, "unreadable", e.strerror) from e
+        raise from_read_error(e, name) from e
     return out
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "beneath",
     "from_os_error",
     "from_read_error",
+    "is_damage",
     "is_sealed",
     "lock",
     "make_dir",
@@ -37,6 +38,10 @@ MAX_SEALED = 4 << 30
 OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 """O_NONBLOCK, so that a planted FIFO cannot block the open."""
+_DAMAGED = frozenset({errno.EIO, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN})
+_NOT_A_FILE = frozenset(
+    {errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ENODEV, errno.EACCES, errno.EPERM}
+)
 
 SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
 """What a file in memory needs so that nobody can ever write or resize it again."""
@@ -59,14 +64,20 @@ def from_os_error(e: OSError, what: Path) -> KvfsError:
     return StoreReadOnly(what, e.strerror or e)
 
 
-def from_read_error(e: OSError, part: str) -> KvfsError:
-    """The kvfs error for a failed read of a part: what a server does not know any more (ESTALE) has been removed, on
-    another host; anything else is damage."""
-    if isinstance(e, KvfsError):
+def from_read_error(e: OSError, name: str) -> Exception:
+    """What a failed open or read of the part ``name`` tells of it: ChunkNotFound (on a shared volume another host may
+    remove it at any moment), ChunkCorrupt ``not-a-file`` or ``unreadable``; ``e`` itself if nothing, as when this
+    process is out of descriptors or the volume is away."""
+    if e.errno in (errno.ENOENT, errno.ESTALE):
+        return ChunkNotFound(name)
+    if isinstance(e, KvfsError) or not is_damage(e):
         return e
-    if e.errno == errno.ESTALE:
-        return ChunkNotFound(part)
-    return ChunkCorrupt(part, "unreadable", e.strerror)
+    return ChunkCorrupt(name, "not-a-file" if e.errno in _NOT_A_FILE else "unreadable", e.strerror)
+
+
+def is_damage(e: OSError) -> bool:
+    """Whether a failed open or read tells that the file is damaged, or none."""
+    return e.errno in _NOT_A_FILE or e.errno in _DAMAGED
 
 
 def make_dir(name: str, dir_fd: int) -> None:
@@ -94,10 +105,13 @@ def open_own(folder: Path, name: str, flags: int) -> int:
         fd = os.open(name, flags, 0o640, dir_fd=dir_fd)
     finally:
         os.close(dir_fd)
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode) or st.st_nlink != 1:
+    try:
+        st = os.fstat(fd)
+        if not stat.S_ISREG(st.st_mode) or st.st_nlink != 1:
+            raise OSError(errno.EPERM, f"somebody planted {name}")
+    except BaseException:
         os.close(fd)
-        raise OSError(errno.EPERM, f"somebody planted {name}")
+        raise
     return fd
 
 
@@ -108,13 +122,16 @@ def lock(folder: Path, name: str, owner: str) -> int:
     """
     fd = open_own(folder, name, os.O_RDWR)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(fd, 4096, 0).decode(errors="replace").strip()
+            raise BlockingIOError(holder or "another process") from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, owner.encode(), 0)
+    except BaseException:
         os.close(fd)
-        raise BlockingIOError(holder or "another process") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, owner.encode(), 0)
+        raise
     return fd
 
 
@@ -125,7 +142,7 @@ def read_small(dir_fd: int | None, name: str | Path) -> bytes:
         st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode) or st.st_size > SMALL:
             raise ValueError(f"{name} is not a small regular file")
-        return os.read(fd, SMALL)
+        return os.read(fd, st.st_size)
     finally:
         os.close(fd)
 
@@ -137,16 +154,16 @@ def read_sealed(path: Path, magic: bytes) -> bytes | None:
     """
     try:
         fd = os.open(path, OPEN_FILE)
+        try:
+            st = os.fstat(fd)
+            if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_SEALED or os.read(fd, len(magic)) != magic:
+                return None
+            with open(fd, "rb", buffering=0, closefd=False) as file:
+                seal, body = file.read(8), file.readall()
+        finally:
+            os.close(fd)
     except OSError:
         return None
-    st = os.fstat(fd)
-    if not stat.S_ISREG(st.st_mode) or st.st_size > MAX_SEALED:
-        os.close(fd)
-        return None
-    with os.fdopen(fd, "rb", buffering=0) as file:
-        if file.read(len(magic)) != magic:
-            return None
-        seal, body = file.read(8), file.readall()
     return body if seal == struct.pack("<Q", _native.xxh3_64(body)) else None
 
 
@@ -155,11 +172,10 @@ def write_new(dir_fd: int, name: str, data: bytes, temp_dir_fd: int | None = Non
     temp, temps = secrets.token_hex(16), dir_fd if temp_dir_fd is None else temp_dir_fd
     fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o640, dir_fd=temps)
     try:
-        try:
-            os.write(fd, data)
+        with os.fdopen(fd, "wb") as file:  # which writes on where the disk took a piece
+            file.write(data)
+            file.flush()
             os.fsync(fd)
-        finally:
-            os.close(fd)
         with contextlib.suppress(FileExistsError):
             os.link(temp, name, src_dir_fd=temps, dst_dir_fd=dir_fd, follow_symlinks=False)
     finally:
@@ -172,10 +188,13 @@ def replace(path: Path, data: bytes) -> None:
     folder = os.open(path.parent, OPEN_DIR)
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with os.fdopen(os.open(temp, flags, 0o640, dir_fd=folder), "wb") as f:
-            f.write(data)
-        os.replace(temp, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        try:
+            with os.fdopen(os.open(temp, flags, 0o640, dir_fd=folder), "wb") as f:
+                f.write(data)
+            os.replace(temp, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temp, dir_fd=folder)
+            raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temp, dir_fd=folder)
         os.close(folder)

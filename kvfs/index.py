@@ -375,17 +375,12 @@ class Index:
                 return False
             body = msgpack.unpackb(raw, strict_map_key=False)
             tables = {}
-            for ns, dumped in body.items():
+            for ns, dumped in dict(body).items():
                 with contextlib.suppress(NamespaceNotFound, IdentityError):
                     tables[ns] = Table(self.store.manifest(ns), self._policy)
                     tables[ns].restore(dumped)
-        except (OSError, ValueError, TypeError, KeyError, IndexError, struct.error):
+        except (OSError, ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError, struct.error):
             return False
-        for t in tables.values():
-            whole = t.manifest.all_parts
-            for key, i in t.number.items():
-                if t.mask[i] != whole:
-                    t.watch(key, t.mask[i])
         with self._lock:
             self._tables, self._changed = tables, False
         return True

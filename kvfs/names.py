@@ -29,7 +29,8 @@ _LEAF = re.compile(r"[0-9a-f]{3}")
 _TEMP = re.compile(r"[0-9a-f]{32}")
 _DERIVED = re.compile(r"(?:bulletin|daemon|index|janitor|quality|scrub|verified|written)\..+", re.DOTALL)
 _NAME = re.compile(
-    r"([0-9a-f]{64})\.((?:full|mla|(?:swa|chunked)[1-9][0-9]{0,6})\.h[0-9]{1,2})(\.cachegen)?\.safetensors"
+    r"([0-9a-f]{64})\.((?:full|mla|(?:swa|chunked)[1-9][0-9]{0,6})\.h(?:[0-9]|[1-5][0-9]|6[0-3]))"
+    r"(\.cachegen)?\.safetensors"
 )
 
 

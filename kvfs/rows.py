@@ -17,6 +17,8 @@ ENDS = 64
 NONE = 0
 _STEP = 8192
 """Keys joined in one go, so that other threads get their turn."""
+MAX_SIZE = 1 << 48
+"""Bytes of a chunk that a snapshot may state: the sum over all of them has to fit into a number."""
 PINNED, UNKNOWN = 1, 2
 """Flags: not to be evicted; no header has been read yet, so the parent is not known."""
 
@@ -269,10 +271,17 @@ class Rows:
             getattr(self, name).frombytes(dumped[name])
         for name in self.DERIVED:
             getattr(self, name).extend(bytes(len(keys)))
-        if any(len(c) != len(self.keys) for c in self.columns()) or len(self.number) != len(keys):
+        if any(len(c) != len(self.keys) for c in self.columns()) or len(self.number) != len(keys) or len(blob) % 32:
             raise ValueError("the columns do not fit the keys")
-        parent = view(self.parent)
+        parent, depth, mask = view(self.parent), view(self.depth), view(self.mask)
+        size, packed = view(self.size), view(self.packed)
+        if parent.max() > len(keys) or packed.min() < 0 or np.any(packed > size) or size.max() > MAX_SIZE:
+            raise ValueError("a number is out of bounds")
+        if np.any(mask != (view(self.raw) | view(self.coded))) or np.any((mask == 0) & (size > 0)):
+            raise ValueError("parts in no form, or bytes of no part")
         parent[parent > 0] += ENDS - 1
+        if np.any((parent > 0) & (depth[parent] + 1 != depth)):  # so there are no circles either
+            raise ValueError("a parent that does not lie one chunk before its child")
         view(self.children)[:] = np.bincount(parent[ENDS:], minlength=len(self.keys))
         self.children[NONE] = 0
         is_there = view(self.mask)[ENDS:] != 0

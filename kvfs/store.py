@@ -6,13 +6,11 @@ descriptors with O_NOFOLLOW, so nothing planted in the tree leads outside it.
 """
 
 import contextlib
-import errno
 import functools
 import itertools
 import json
 import os
 import re
-import secrets
 import shutil
 import socket
 import stat
@@ -20,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from kvfs import files, temps
+from kvfs import files, marker, retired, temps
 from kvfs.errors import (
     ChunkCorrupt,
     ChunkNotFound,
@@ -32,7 +30,7 @@ from kvfs.errors import (
     StoreReadOnly,
 )
 from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, beneath, from_os_error, lock, make_dir, read_small, write_new
-from kvfs.identity import Manifest, PartId, canonical_json
+from kvfs.identity import Manifest, PartId
 from kvfs.names import is_leaf, is_ns, leaf_name, parse_file_name, part_name, part_path
 from kvfs.network import is_network
 from kvfs.quarantine import Quarantine
@@ -41,8 +39,6 @@ from kvfs.trash import REQUESTS, Trash
 
 __all__ = ["TEMPS", "TEMP_GRACE", "Found", "Store", "Temp"]
 
-MARKER = "kvfs-store.json"
-FORMAT = "kvfs-store/1"
 MANIFEST = "manifest.json"
 FILE_MODE = 0o440
 
@@ -78,13 +74,13 @@ class Store:
         p = Path(path)
         try:
             p.mkdir(mode=DIR_MODE, parents=True, exist_ok=True)
-            if not (p / MARKER).exists():
-                if any(p.iterdir()):
-                    raise StoreReadOnly(p, "the folder is not empty and not a store; name an empty one")
-                (p / ".kvfs").mkdir(mode=DIR_MODE, exist_ok=True)
+            if not (p / marker.NAME).exists():
                 fd = os.open(p, OPEN_DIR)
                 try:
-                    write_new(fd, MARKER, canonical_json({"format": FORMAT, "id": secrets.token_hex(16)}) + b"\n")
+                    if not marker.is_free(fd):
+                        raise StoreReadOnly(p, "the folder is not empty and not a store; name an empty one")
+                    make_dir(".kvfs", fd)
+                    marker.write(fd)
                 finally:
                     os.close(fd)
         except OSError as e:
@@ -99,19 +95,18 @@ class Store:
         try:
             fd = os.open(p, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             try:
-                marker = json.loads(read_small(fd, MARKER))
-                if marker["format"] != FORMAT:
-                    raise IdentityError(f"{p} has format {marker['format']}, this version reads {FORMAT}")
+                if (stated := marker.found(fd)) != marker.FORMAT:
+                    raise IdentityError(f"{p} has format {stated}, this version reads {marker.FORMAT}")
                 shared = is_network(p) if shared is None else shared
             except BaseException:
                 os.close(fd)
                 raise
         except (FileNotFoundError, NotADirectoryError):
             raise NotAStore(p, p) from None
-        except (ValueError, KeyError, TypeError) as e:
+        except ValueError as e:
             if isinstance(e, KvfsError):
                 raise
-            raise IdentityError(f"{p / MARKER} is damaged ({e}); `kvfs fsck` writes it anew") from None
+            raise IdentityError(f"{p / marker.NAME} is damaged ({e}); `kvfs fsck` writes it anew") from None
         except OSError as e:
             raise from_os_error(e, p) from e
         store = cls(p, fd, durability)
@@ -187,7 +182,10 @@ class Store:
             d = json.loads(text)
         except FileNotFoundError:
             raise NamespaceNotFound(ns.hex()[:12]) from None
-        except (OSError, ValueError, RecursionError):
+        except OSError as e:
+            if not files.is_damage(e):
+                raise from_os_error(e, self.path / ns.hex()[:12]) from e
+        except (ValueError, RecursionError):
             pass
         if not isinstance(d, dict) or not isinstance(d.get("identity"), dict):
             raise IdentityError(f"{ns.hex()[:12]}/{MANIFEST} is damaged; `kvfs fsck` moves it away")
@@ -220,7 +218,7 @@ class Store:
                 raise NamespaceNotFound(ns.hex()[:12])
             self._forget(ns)
             return
-        trash = f".kvfs/retired-{ns.hex()[:12]}-{secrets.token_hex(8)}"
+        trash = f".kvfs/{retired.name_for(ns)}"
         try:
             os.rename(ns.hex(), trash, src_dir_fd=self._root, dst_dir_fd=self._root)
         except FileNotFoundError:
@@ -259,36 +257,31 @@ class Store:
 
     def open_part(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> int:
         """A read-only descriptor of a part in its raw form, or in its coded one.  ChunkNotFound if it is not there in
-        that form; ChunkCorrupt ``not-a-file``: not one regular file."""
+        that form; ChunkCorrupt ``not-a-file``: not one regular file; OSError for what says nothing of the part, such as
+        a want of descriptors."""
         name, root = part_name(key, part, coded), self._ns_dir(ns)
         try:
             with beneath(root, name[:3]) as leaf:
                 fd = os.open(name, OPEN_FILE, dir_fd=leaf)
-        except FileNotFoundError:
-            raise ChunkNotFound(f"{key.hex()}.{part}") from None
         except OSError as e:
-            if e.errno == errno.ESTALE:
-                raise ChunkNotFound(f"{key.hex()}.{part}") from None
-            reason = "unreadable" if e.errno == errno.EIO else "not-a-file"
-            raise ChunkCorrupt(f"{key.hex()}.{part}", reason, e.strerror) from None
+            raise files.from_read_error(e, f"{key.hex()}.{part}") from None
         try:
             st = os.fstat(fd)
             if st.st_nlink > 1:
-                self._finish_publish(ns, st.st_ino)
+                for temp in self.second_names(ns, st.st_ino):
+                    self.discard(ns, temp)
                 st = os.fstat(fd)
-        except OSError as e:
+            if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
+                what = f"{st.st_nlink} names, {stat.filemode(st.st_mode)}"
+                raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", what)
+        except BaseException:
             os.close(fd)
-            raise files.from_read_error(e, f"{key.hex()}.{part}") from None
-        if not stat.S_ISREG(st.st_mode) or st.st_nlink > 1:
-            os.close(fd)
-            raise ChunkCorrupt(f"{key.hex()}.{part}", "not-a-file", f"{st.st_nlink} names, {stat.filemode(st.st_mode)}")
+            raise
         return fd
 
-    def _finish_publish(self, ns: bytes, ino: int) -> None:
-        """Drop the temp name of a part whose publisher is between its link and its unlink, or died there."""
-        for name, st in temps.listed(self._ns_dir(ns)):
-            if st.st_ino == ino:
-                self.discard(ns, name)
+    def second_names(self, ns: bytes, ino: int) -> list[str]:
+        """The temp names of a part whose publisher is between its link and its unlink, or died there."""
+        return [name for name, st in temps.listed(self._ns_dir(ns)) if st.st_ino == ino]
 
     def masks(self, ns: bytes, keys: Sequence[bytes]) -> list[int]:
         """Presence mask of each chunk, by looking for its files in either form; 0 where nothing is stored."""

@@ -66,6 +66,16 @@ class Table(Rows):
         self.kinds = [manifest.mask_of(kind.name) for kind in manifest.kinds]
         self.partial: dict[bytes, float] = {}
 
+    def restore(self, dumped: dict[str, bytes]) -> None:
+        """As `Rows.restore`; ValueError too for parts that the namespace does not have."""
+        super().restore(dumped)
+        whole = self.manifest.all_parts
+        for key, i in self.number.items():
+            if self.mask[i] != whole:
+                if self.mask[i] & ~whole:
+                    raise ValueError("a part that the namespace does not have")
+                self.watch(key, self.mask[i])
+
     def missing(self, mask: int) -> int:
         """The parts present that are of no use, as others of their kind are not there."""
         return sum(mask & kind for kind in self.kinds if mask & kind != kind)

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvfs import marker
 from kvfs.config import nearest
 from kvfs.errors import ConfigError, TenantNotFound, Unsupported
 from kvfs.files import DIR_MODE, OPEN_DIR, from_os_error, make_dir, read_small
 from kvfs.identity import canonical_json
 from kvfs.kinds import AMOUNT, Amount, one_of
-from kvfs.store import MARKER, Store
+from kvfs.store import Store
 
 __all__ = [
     "FOLDER", "MAX_TENANTS", "MODES", "PUBLIC", "SECRET_MODE", "Tenant", "add", "change", "check", "clear", "enter",
@@ -230,7 +231,7 @@ def clear(store: Path, name: str) -> None:
 def tenant_of(path: Path) -> str | None:
     """The tenant whose store lies at ``path``; None for any other place."""
     real = Path(os.path.realpath(path))
-    return real.name if real.parent.name == FOLDER and (real.parent.parent / MARKER).is_file() else None
+    return real.name if real.parent.name == FOLDER and (real.parent.parent / marker.NAME).is_file() else None
 
 
 def needs_daemon(path: Path) -> None:

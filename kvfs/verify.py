@@ -81,7 +81,11 @@ class Verifier:
     def open(self, ns: bytes, key: bytes, part: PartId) -> Opened:
         """Open a part in its raw form without reading it; raises as `Store.open_part`."""
         fd = self.store.open_part(ns, key, part)
-        st = os.fstat(fd)
+        try:
+            st = os.fstat(fd)
+        except BaseException:
+            os.close(fd)
+            raise
         return Opened(fd, self.is_verified(st), st.st_size, st.st_ino)
 
     def open_coded(self, ns: bytes, key: bytes, part: PartId) -> CodedFile:
@@ -90,17 +94,17 @@ class Verifier:
 
     def check(self, fd: int, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> None:
         """Read an open part in full and mark it.  ChunkCorrupt says what is wrong."""
-        before = os.fstat(fd)
+        before, manifest = os.fstat(fd), self.store.manifest(ns)
         opened = open_coded if coded else open_part
-        with opened(os.dup(fd), self.store.manifest(ns), key, part) as file:
+        with opened(os.dup(fd), manifest, key, part) as file:
             file.verify()
         self.mark(before)
 
     def peek(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> tuple[PartMeta, int]:
         """What the header of a part's file says, and its size, its data unread.  ChunkNotFound, ChunkCorrupt."""
-        fd, manifest = self.store.open_part(ns, key, part, coded), self.store.manifest(ns)
+        manifest = self.store.manifest(ns)
         opened = open_coded if coded else open_part
-        with opened(fd, manifest, key, part) as file:
+        with opened(self.store.open_part(ns, key, part, coded), manifest, key, part) as file:
             return file.header.meta, os.fstat(file.fd).st_size
 
     def vouch(self, ns: bytes, key: bytes, part: PartId) -> None:

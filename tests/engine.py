@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,22 @@ def reset(llm: Any, op: dict[str, Any]) -> Result:
     return {"ok": llm.reset_prefix_cache(reset_connector=op.get("connector", False))}
 
 
+def repeat(llm: Any, op: dict[str, Any]) -> Result:
+    """Generate for ``prompts``, with the engine's own prefix cache emptied each time, until the file ``until`` is
+    there; the sums of what came of it."""
+    requests = hits = 0
+    reasons: Counter[str] = Counter()
+    slowest = 0.0
+    while not Path(op["until"]).exists():
+        reset(llm, op)
+        found = generate(llm, op)
+        requests += len(found["outputs"])
+        hits += sum(o["cached"] > 0 for o in found["outputs"])
+        reasons.update(o["reason"] for o in found["outputs"])
+        slowest = max(slowest, found["seconds"])
+    return {"requests": requests, "hits": hits, "reasons": reasons, "slowest": slowest}
+
+
 def sleep(llm: Any, op: dict[str, Any]) -> Result:
     """Wait ``seconds``."""
     time.sleep(op["seconds"])
@@ -147,6 +164,7 @@ DO = {
     "copy": copy,
     "recode": recode,
     "reset": reset,
+    "repeat": repeat,
     "sleep": sleep,
     "settle": settle,
     "abort": abort,

@@ -1,10 +1,7 @@
 """The part file: what is written is read back, any damage is found, hostile headers cost nothing."""
 
 import os
-import re
-import struct
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from kvfs import _native, chunk
+from kvfs import chunk
 from kvfs.errors import ChunkCorrupt, IdentityError, StoreFull
 from kvfs.identity import PartId
+from tests.attacks.headers import pad
 from tests.samples import MANIFEST, new_key, payload
 
 PART = PartId("swa512", 1)
@@ -109,82 +107,10 @@ def test_a_file_cut_after_it_was_opened_is_a_miss_not_a_crash(tmp_path: Path) ->
         assert e.value.reason == "truncated"
 
 
-def _raw(body: bytes, n: int | None = None) -> bytes:
-    size = -(-(8 + len(body)) // 4096) * 4096
-    return struct.pack("<Q", size - 8 if n is None else n) + body.ljust(size - 8)
-
-
-def attacks() -> dict[str, bytes]:
-    """Headers that have hurt some reader of safetensors."""
-    meta_of = chunk.PartMeta(MANIFEST.ns, KEY, bytes(32), 256, 512, PART)
-    raw = chunk.encode_header(MANIFEST, meta_of, bytes(8 * 4))
-    body = raw[8:4096].rstrip()
-    table = body.index(b'"layers.0.k"')
-    meta, tensors = body[:table], body[table:]
-
-    def t(old: bytes, new: bytes) -> bytes:
-        assert old in tensors
-        return _raw(meta + tensors.replace(old, new, 1))
-
-    return {
-        "length 2**63": struct.pack("<Q", 1 << 63) + raw[8:4096],
-        "length beyond the file": struct.pack("<Q", 1 << 20) + raw[8:4096],
-        "length 0": struct.pack("<Q", 0) + raw[8:4096],
-        "not aligned": struct.pack("<Q", 4000) + raw[8:4096],
-        "empty object": _raw(b"{}"),
-        "no metadata": _raw(b"{" + tensors),
-        "depth": _raw(b"[" * 60000),
-        "nested metadata": _raw(b'{"__metadata__":{"a":{"b":{}}},' + tensors),
-        "many tensors": _raw(meta + b",".join(b'"layers.%d.k":{"dtype":"U8"}' % i for i in range(2000)) + b"}"),
-        "negative offset": t(b"[0,", b"[-4,"),
-        "overlap": t(b"[32768,65536]", b"[0,32768]"),
-        "hole": t(b"[32768,65536]", b"[32769,65537]"),
-        "reversed": t(b"[0,32768]", b"[32768,0]"),
-        "huge shape": t(b"[1,256,64]", b"[9999999,9999999,9999999]"),
-        "shape of zero": t(b"[1,256,64]", b"[0,256,64]"),
-        "float shape": t(b"[1,256,64]", b"[1,256,6.4e1]"),
-        "four dimensions": t(b"[1,256,64]", b"[1,1,256,64]"),
-        "no shape": t(b"[1,256,64]", b"[]"),
-        "unknown dtype": t(b'"BF16"', b'"BF17"'),
-        "wrong width": t(b'"BF16"', b'"F32"'),
-        "string offsets": t(b"[0,32768]", b'["0","32768"]'),
-        "duplicate tensor": t(b"layers.0.v", b"layers.0.k"),
-        "foreign tensor": t(b"layers.0.k", b"../../etc/x"),
-        "non-ascii name": t(b"layers.0.k", "layers.０.k".encode()),
-        "surrogate": t(b"layers.0.k", b"\\ud800yers.0.k"),
-        "byte order mark": _raw(b"\xef\xbb\xbf" + body),
-        "trailing text": _raw(body + b"x"),
-        "trailing object": _raw(body + b"{}"),
-        "NUL padding": struct.pack("<Q", 4088) + body.ljust(4088, b"\0"),
-        "duplicate metadata": _raw(body.replace(b'"kvfs.tokens":"256"', b'"kvfs.tokens":"256","kvfs.tokens":"16"', 1)),
-        "duplicate __metadata__": _raw(meta + tensors[:-1] + b',"__metadata__":{}}'),
-        "number metadata": _raw(body.replace(b'"kvfs.tokens":"256"', b'"kvfs.tokens":256', 1)),
-        "other tokens": _raw(body.replace(b'"kvfs.tokens":"256"', b'"kvfs.tokens":"128"', 1)),
-        "utf-16": _raw(body[:1500].decode().encode("utf-16")),
-    }
-
-
-ATTACKS = attacks()
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("sealed", [False, True])
-def test_hostile_headers_are_refused_quickly(name: str, sealed: bool) -> None:
-    """Also when the attacker computes the header's checksum as we do."""
-    raw = ATTACKS[name]
-    if sealed:
-        zeroed = re.sub(rb'"kvfs.header_sum":"[0-9a-f]{16}"', b'"kvfs.header_sum":"' + b"0" * 16 + b'"', raw)
-        raw = zeroed.replace(b'header_sum":"' + b"0" * 16, b'header_sum":"%016x' % _native.xxh3_64(zeroed), 1)
-    start = time.perf_counter()
-    with pytest.raises(ChunkCorrupt):
-        chunk.parse_header(raw, 4096 + 131072)
-    assert time.perf_counter() - start < 0.1
-
-
 @settings(max_examples=400, deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 200000))
 def test_random_bytes_never_raise_anything_else(tail: bytes, size: int) -> None:
-    for raw in (tail, _raw(b'{"__metadata__":{' + tail), _raw(tail)):
+    for raw in (tail, pad(b'{"__metadata__":{' + tail), pad(tail)):
         with pytest.raises(ChunkCorrupt):
             chunk.parse_header(raw, size)
 

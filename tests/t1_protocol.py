@@ -28,6 +28,7 @@ from kvfs.protocol import (
     join_keys,
     split_keys,
 )
+from tests.attacks import frames
 
 KEY = b"k" * 32
 
@@ -179,27 +180,10 @@ def test_the_end_of_the_stream_is_a_connection_error(ends: tuple[Channel, Channe
         b.send({}, soon())
 
 
-@pytest.mark.parametrize(
-    "frame",
-    [
-        struct.pack("<I", MAX_FRAME + 1),
-        raw(b""),
-        raw(b"\xc1"),
-        raw([1, 2]),
-        raw({1: 2}),
-        raw({"a": {"b": [[]] * 65}}),
-        raw(msgpack.packb({"a": 1}) + b"\0"),
-        raw(b"\x82\xa1a\x01\xa1a\x02"),  # the field a twice
-        raw(b"\x91" * 5000),  # nested too deep
-        raw(b"\x81\xa1a\xdd\xff\xff\xff\xff"),  # an array of 4 billion
-        raw(b"\x81\xa1a\xc6\x7f\xff\xff\xff"),  # 2 GiB of bytes
-        raw(b"\x81\xa1a\xa2\xff\xff"),  # text that is not UTF-8
-        raw(b"\x81\xa1a\xc7\x04\x01abcd"),  # an extension type
-    ],
-)
-def test_malformed_frames_are_refused(ends: tuple[Channel, Channel], frame: bytes) -> None:
+@pytest.mark.parametrize("name", frames.ATTACKS)
+def test_malformed_frames_are_refused(ends: tuple[Channel, Channel], name: str) -> None:
     a, b = ends
-    a.sock.sendall(frame)
+    a.sock.sendall(frames.ATTACKS[name])
     with pytest.raises(ProtocolError):
         b.receive(soon())
 

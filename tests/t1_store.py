@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import stat
 import subprocess
 import sys
@@ -128,6 +129,20 @@ def test_planted_files_are_refused(store: Store, tmp_path: Path, plant: str) -> 
         store.open_part(NS, key, PART)
     assert e.value.reason == "not-a-file"
     assert secret.read_text() == "x" * 5000
+
+
+def test_a_process_out_of_descriptors_has_found_no_damage(store: Store) -> None:
+    key = new_key()
+    put(store, key)
+    with chunk.open_part(store.open_part(NS, key, PART), MANIFEST, key, PART):
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                store.open_part(NS, key, PART)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    os.close(store.open_part(NS, key, PART))
 
 
 def test_quarantine_keeps_file_and_reason(store: Store) -> None:

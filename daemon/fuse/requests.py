@@ -267,7 +267,7 @@ class Requests:
 
     def read(self, node: Node, body: memoryview, _unique: int) -> bytes:
         fh, offset, size, *_ = abi.READ_IN.unpack_from(body)
-        return self._view.read(node.path, size, offset, fh)
+        return self._view.read(node.path, min(size, abi.MAX_WRITE), offset, fh)
 
     def release(self, node: Node, body: memoryview, unique: int) -> bytes:
         fh, *_ = abi.RELEASE_IN.unpack_from(body)

@@ -6,10 +6,12 @@ out again when the next one asks (`Notice.RESEND`), so that no caller sees the c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import queue
+import struct
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -35,6 +37,9 @@ INTERRUPT_GRACE: Final = 1.0
 
 INTERRUPTIBLE: Final = {Op.OPEN, Op.READ}
 """Requests that may be answered with EINTR: whatever they have done can be undone."""
+
+MALFORMED: Final = (struct.error, OverflowError)
+"""What a request raises that is shorter than its kind, or names an offset that no file has; no kernel sends such."""
 
 NO_REPLY: Final = {Op.FORGET, Op.BATCH_FORGET, Op.INTERRUPT, Op.DESTROY}
 
@@ -151,13 +156,16 @@ class Session:
                 if e.errno not in {errno.ENODEV, errno.ECONNABORTED}:
                     log.error("cannot read requests: %s", e.strerror)
                 return None
+            if size < abi.IN_HEADER.size:
+                continue
             _, opcode, unique, node_id, *_ = abi.IN_HEADER.unpack_from(buffer)
             task.since, task.opcode, task.unique = time.monotonic(), opcode, unique
             return node_id, memoryview(buffer)[abi.IN_HEADER.size : size]
 
     def _handle(self, task: Task, node_id: int, body: memoryview) -> None:
         if task.opcode in NO_REPLY:
-            self._unanswered(task.opcode, node_id, body)
+            with contextlib.suppress(*MALFORMED):
+                self._unanswered(task.opcode, node_id, body)
         else:
             self._answer(task.opcode, task.unique, node_id, body)
         task.unique = 0
@@ -176,6 +184,8 @@ class Session:
                 code = errno.ESTALE
             except (KvfsError, OSError) as e:
                 code = e.errno or errno.EIO
+            except MALFORMED:
+                code = errno.EINVAL
             except Exception:
                 log.exception("request %d failed", opcode)
                 code = errno.EIO

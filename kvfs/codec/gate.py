@@ -44,7 +44,7 @@ def record(derived: Path, ns: bytes, level: Level, measured: Mapping[str, Any] |
 
 def _read(derived: Path) -> dict[str, Any]:
     """What is recorded; nothing if the file is missing or not ours."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, RecursionError):
         fd = os.open(derived, files.OPEN_DIR)
         try:
             verdicts = json.loads(files.read_small(fd, _NAME))

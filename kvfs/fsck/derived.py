@@ -15,13 +15,13 @@ from kvfs.fsck.findings import Finding, Repairs
 from kvfs.fsck.folders import DERIVED, IGNORED, check_folder, check_temp, opened
 from kvfs.index import Index
 from kvfs.names import is_derived, is_temp
+from kvfs.retired import is_retired
 from kvfs.verify import read_state
 
 __all__ = ["Snapshot", "check", "take_locks"]
 
 _LOCK = re.compile(r"daemon\..*\.lock", re.DOTALL)
 _HALF_WRITTEN = re.compile(r".*\.[0-9a-f]{16}\.tmp", re.DOTALL)
-_RETIRED = "retired-"
 
 
 def take_locks(repairs: Repairs, held: list[int]) -> Iterator[Finding]:
@@ -109,7 +109,7 @@ def check(repairs: Repairs) -> Iterator[Finding]:
         for name in (each for each in names if not each.startswith(IGNORED)):
             path, remove = f"{DERIVED}/{name}", partial(os.unlink, name, dir_fd=folder)
             st = os.stat(name, dir_fd=folder, follow_symlinks=False)
-            if name.startswith(_RETIRED) and stat.S_ISDIR(st.st_mode):
+            if is_retired(name) and stat.S_ISDIR(st.st_mode):
                 clear = partial(shutil.rmtree, name, dir_fd=folder)
                 yield repairs.repair("retired", path, "a namespace whose removal was cut short", "removed", clear)
             elif is_temp(name) or _HALF_WRITTEN.fullmatch(name):

@@ -8,14 +8,14 @@ import stat
 from collections.abc import Iterator
 from functools import partial
 
+from kvfs import marker
 from kvfs.errors import IdentityError, KvfsError, NamespaceNotFound, NotAStore
-from kvfs.files import DIR_MODE, OPEN_DIR, make_dir, read_small, write_new
+from kvfs.files import DIR_MODE, OPEN_DIR, from_os_error, is_damage, make_dir, read_small
 from kvfs.fsck.findings import Finding, Repairs
 from kvfs.fsck.parts import Parts, Place
-from kvfs.identity import canonical_json
 from kvfs.names import is_leaf, is_ns, is_temp, leaf_name, parse_file_name
 from kvfs.quarantine import FOLDER
-from kvfs.store import FORMAT, MANIFEST, MARKER, TEMPS
+from kvfs.store import MANIFEST, TEMPS
 from kvfs.tenants import FOLDER as TENANTS
 from kvfs.trash import FOLDER as TRASH
 
@@ -33,22 +33,23 @@ def read_marker(repairs: Repairs) -> str | None:
     format, which is not ours to repair.
     """
     try:
-        marker = json.loads(read_small(repairs.root, MARKER))
-        found = marker["format"]
+        found = marker.found(repairs.root)
     except FileNotFoundError:
         if _was_store(repairs):
             return "missing"
         raise NotAStore(repairs.store.path, repairs.store.path) from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError) as e:
+        if isinstance(e, OSError) and not is_damage(e):
+            raise from_os_error(e, repairs.store.path / marker.NAME) from e
         return f"damaged ({e})"
-    if found != FORMAT:
-        raise IdentityError(f"{repairs.store.path} has format {found}, this version repairs {FORMAT}")
+    if found != marker.FORMAT:
+        raise IdentityError(f"{repairs.store.path} has format {found}, this version repairs {marker.FORMAT}")
     return None
 
 
 def _was_store(repairs: Repairs) -> bool:
     """Whether a folder without a marker holds a sound namespace, or nothing that an empty store would not."""
-    names = os.listdir(repairs.root)
+    names = [name for name in os.listdir(repairs.root) if not is_temp(name)]
     return bool(repairs.store.namespaces()) or (DERIVED in names and set(names) <= {DERIVED, FOLDER, TRASH})
 
 
@@ -58,11 +59,10 @@ def write_marker(repairs: Repairs, wrong: str | None) -> Iterator[Finding]:
         return
 
     def do() -> None:
-        repairs.store.lost.take(repairs.root, MARKER, MARKER, "marker", MARKER)
-        marker = {"format": FORMAT, "id": secrets.token_hex(16)}
-        write_new(repairs.root, MARKER, canonical_json(marker) + b"\n")
+        repairs.store.lost.take(repairs.root, marker.NAME, marker.NAME, "marker", marker.NAME)
+        marker.write(repairs.root)
 
-    yield repairs.repair("marker", MARKER, wrong, "written anew", do)
+    yield repairs.repair("marker", marker.NAME, wrong, "written anew", do)
 
 
 def walk(repairs: Repairs, parts: Parts) -> Iterator[Finding]:
@@ -75,7 +75,7 @@ def walk(repairs: Repairs, parts: Parts) -> Iterator[Finding]:
             spaces.append(name)
         elif is_temp(name):
             yield from check_temp(repairs, repairs.root, name)
-        elif name not in (MARKER, DERIVED, FOLDER, TRASH, TENANTS):
+        elif name not in (marker.NAME, DERIVED, FOLDER, TRASH, TENANTS):
             yield from _stray(parts, repairs.root, name)
     for name in spaces:
         yield from _namespace(repairs, parts, name)
@@ -109,8 +109,11 @@ def _namespace(repairs: Repairs, parts: Parts, name: str) -> Iterator[Finding]:
         return
     try:
         repairs.store.manifest(ns)
-    except (KvfsError, OSError) as e:
+    except (IdentityError, NamespaceNotFound) as e:
         yield from _without_manifest(repairs, name, st, e)
+        return
+    except KvfsError as e:
+        yield repairs.report("unreadable", name, str(e))
         return
     yield from _mode(repairs, repairs.root, name, st)
     with opened(repairs.root, name) as (folder, names):

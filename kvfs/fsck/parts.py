@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from kvfs.chunk import open_part, read_header
 from kvfs.coded import open_coded, read_coded_header
-from kvfs.errors import ChunkCorrupt, IdentityError, NamespaceNotFound
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, NamespaceNotFound
 from kvfs.files import OPEN_DIR, OPEN_FILE, make_dir
 from kvfs.fsck.findings import Finding, Repairs
 from kvfs.identity import PartId
@@ -83,6 +83,8 @@ class Parts:
         try:
             home, chunk = self._identify(fd, name)
             yield from self._settle_part(dir_fd, path, fd, place, home, chunk)
+        except ChunkNotFound:  # gone meanwhile, by another host
+            return
         except ChunkCorrupt as e:
             kind, detail = (e.reason, str(e.args[2])) if place else ("foreign", f"no part: {e.args[2]}")
             yield self._repairs.move_away(kind, path, detail, dir_fd, label)
@@ -120,7 +122,7 @@ class Parts:
             yield finding
             if homeless:
                 return
-        if st.st_nlink > 1 + self.names[st.st_ino]:
+        if st.st_nlink > 1 + self.names[st.st_ino] and self._is_linked(fd, home):
             detail = f"{st.st_nlink} names lead to it"
             yield self._repairs.repair(
                 "hard-link", home.path, detail, "replaced by a copy", lambda: self._separate(fd, home)
@@ -131,6 +133,11 @@ class Parts:
                 "mode", home.path, detail, f"set to {FILE_MODE:04o}", lambda: os.fchmod(fd, FILE_MODE)
             )
         self._remember(home, chunk, st)
+
+    def _is_linked(self, fd: int, home: Place) -> bool:
+        """Whether a part has names that are no publisher's, who may be at work just now."""
+        temps = self._store.second_names(home.ns, os.fstat(fd).st_ino)
+        return os.fstat(fd).st_nlink > 1 + len(temps)
 
     def _bring_home(self, dir_fd: int, path: str, st: os.stat_result, home: Place) -> tuple[Finding, bool]:
         """Move a part to where it belongs, unless there is one; tells whether there is."""
