@@ -103,9 +103,9 @@ class Channel:
 def python(module: str, channel: Channel, *shown: object) -> list[str]:
     """The command that runs a module of this package with one end of a channel, from any folder.
 
-    What is ``shown`` is for people who read ``ps``; the module gets its orders through the channel.
+    What is ``shown`` is for people who read ``ps``; the module gets its orders through the channel, named last.
     """
-    return [sys.executable, "-P", "-m", module, str(channel.fileno()), *map(str, shown)]
+    return [sys.executable, "-P", "-m", module, *map(str, shown), str(channel.fileno())]
 
 
 def orders(channel: Channel, word: str) -> tuple[Any, list[int]]:

@@ -237,7 +237,7 @@ def main() -> int:
     """Become a daemon in the background, and tell the starter when it serves or why it does not."""
     if os.fork():
         os._exit(0)  # the starter waits for this process only
-    starter = Channel.inherited(int(sys.argv[1]))
+    starter = Channel.inherited(int(sys.argv[-1]))
     rows, _ = orders(starter, "mount")
     config = load_config(rows)
     log_to_stderr(config.log_level)

@@ -111,4 +111,4 @@ def _report_end(session: Session, keeper: Channel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(Channel.inherited(int(sys.argv[1]))))
+    sys.exit(run(Channel.inherited(int(sys.argv[-1]))))

@@ -25,6 +25,7 @@ EVERY = {
     "socket_mode": ("0600", 0o600),
     "socket_group": ("kv", "kv"),
     "worker_user": ("kvfs", "kvfs"),
+    "worker_socket": ("/run/kvfs-worker/main", Path("/run/kvfs-worker/main")),
     "budget": ("1.5TiB", config.Amount(3 << 39, 0.0)),
     "namespace_budgets": (
         "llama=10GiB;a=b@v1=2.5%",

@@ -143,6 +143,8 @@ def test_a_fresh_worker_takes_over(host: Host, how: tuple[str, str]) -> None:
 
 
 def test_a_killed_keeper_is_not_noticed(host: Host) -> None:
+    host.output("kvfs", "tenant", "add", "alice", "--uid", "nobody", "--budget", "1MiB", "--at", MOUNT)
+    until(lambda: host.run("kvfs", "status", "--at", f"{MOUNT}/tenants/alice").returncode == 0)
     keeper, there = pid(host, KEEPER), host.output("stat", "-f", "-c", "%i", MOUNT)
     with reading(host):
         signal(host, KEEPER, "SIGKILL")
@@ -150,6 +152,7 @@ def test_a_killed_keeper_is_not_noticed(host: Host) -> None:
         assert not host.output("cmp", part(3), part(3, "/opt/work/kv"))
     assert host.output("stat", "-f", "-c", "%i", MOUNT) == there
     until(lambda: host.show(KEEPER, "ActiveState") == ["active"])
+    assert "alice" in host.output("kvfs", "status", "--at", f"{MOUNT}/tenants/alice")  # its socket was kept too
 
 
 @pytest.mark.parametrize("how", [("systemctl", "stop", KEEPER), ("kvfs", "umount", MOUNT)])

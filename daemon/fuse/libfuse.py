@@ -122,7 +122,7 @@ def _refuse(*_: Any) -> int:
 
 def main() -> int:
     """Mount and serve as the keeper orders (`kvfs.daemon.remounting`) until it is unmounted or a signal comes."""
-    keeper = Channel.inherited(int(sys.argv[1]))
+    keeper = Channel.inherited(int(sys.argv[-1]))
     spec, _ = orders(keeper, "serve")
     config = load_config(spec["config"])
     log_to_stderr(config.log_level)
