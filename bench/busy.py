@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 OUT = Path(__file__).parent / "out" / "busy.json"
 CLIENTS, TOKENS, REPLY = 2, 300, 8
 """Clients of an engine, and tokens of each prompt and reply."""
-PILE = 4 << 30
-"""Bytes of raw chunks that lie ready in a round with compaction."""
+PILE = 4.0
+"""GiB of raw chunks that lie ready in a round with compaction."""
 BOUND = 1.05
 KVFS = Path(sys.executable).with_name("kvfs")
 
@@ -116,7 +116,9 @@ def p99(waits: list[float]) -> float:
     return statistics.quantiles(waits, n=100, method="inclusive")[98]
 
 
-async def measure(model: Path, rounds: int, seconds: float, work: Path, note: Callable[[str], None]) -> list[Round]:
+async def measure(
+    model: Path, rounds: int, seconds: float, pile: float, work: Path, note: Callable[[str], None]
+) -> list[Round]:
     """Measure pairs of rounds, with and without compaction, in the folder ``work``."""
     peer, folder, log, numbers = PEERS["kvfs"], work / "kvfs", work / "kvfs.log", itertools.count()
     found = []
@@ -129,7 +131,7 @@ async def measure(model: Path, rounds: int, seconds: float, work: Path, note: Ca
                     on = number % 4 in {1, 2}  # off on on off: what drifts, drifts for both
                     with contextlib.ExitStack() as stack:
                         if on:
-                            pile_up(store, mountpoint(folder), PILE)
+                            pile_up(store, mountpoint(folder), int(pile * 2**30))
                             stack.enter_context(compacting(mountpoint(folder), log))
                         before = held(store, coded=True)
                         waits = await answers([one, two], model, seconds, numbers)
@@ -155,11 +157,11 @@ def report(rounds: list[Round]) -> str:
 
 
 async def compare(
-    model: Path, rounds: int, seconds: float, note: Callable[[str], None]
+    model: Path, rounds: int, seconds: float, pile: float, note: Callable[[str], None]
 ) -> tuple[str, list[dict[str, object]]]:
     """Measure. Return the table, and all rounds."""
     with tempfile.TemporaryDirectory(prefix="kvfs-bench-", ignore_cleanup_errors=True) as work:
-        found = await measure(model, rounds, seconds, Path(work), note)
+        found = await measure(model, rounds, seconds, pile, Path(work), note)
     return report(found), [asdict(r) for r in found]
 
 
@@ -169,8 +171,9 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=build.Models.at(build.cache_dir()).gemma)
     parser.add_argument("--rounds", type=int, default=6, help="pairs of rounds")
     parser.add_argument("--seconds", type=float, default=30.0, help="of a round")
+    parser.add_argument("--pile", type=float, default=PILE, metavar="GIB", help="raw chunks ready before each round")
     options = parser.parse_args()
-    text, found = asyncio.run(compare(options.model, options.rounds, options.seconds, print))
+    text, found = asyncio.run(compare(options.model, options.rounds, options.seconds, options.pile, print))
     OUT.parent.mkdir(exist_ok=True)
     OUT.write_text(json.dumps(found, indent=1))
     print(text)

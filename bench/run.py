@@ -72,7 +72,7 @@ def main() -> None:
         found = asyncio.run(compacted.compare(both, options.lengths, options.texts, 3, compacted.LEVELS, note))
         add("compacted", "Time to the first token from compacted stores, seconds (medians)", found)
     if "busy" in options.only:
-        found = asyncio.run(busy.compare(model, 6, 30.0, note))
+        found = asyncio.run(busy.compare(model, 6, 30.0, busy.PILE, note))
         add("busy", "Two busy engines, with and without compaction", found)
     OUT.mkdir(exist_ok=True)
     name = time.strftime("%Y-%m-%d-%H%M%S")

@@ -1,5 +1,7 @@
 """The index of a coded part: what its streams hold and where they lie (docs/codec-format.md)."""
 
+import functools
+import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -64,18 +66,7 @@ class Index:
     @cached_property
     def layout(self) -> PartLayout:
         """Of the raw form."""
-        nbytes, tokens = DTYPES[self.shape.dtype][0], self.shape.tokens
-        dims: dict[str, tuple[int, ...]] = {"latent": (tokens, self.shape.channels)}
-        if not self.latent:
-            k, v = (s.channels for s in self.shape.sections)
-            dims = {"k": (self.heads, tokens, k), "v": (self.heads, tokens, v)}
-        tensors, at = list[TensorSpec](), 0
-        for layer in self.layers:
-            for which, dim in dims.items():
-                size = nbytes * int(np.prod(dim))
-                tensors.append(TensorSpec(f"layers.{layer}.{which}", self.shape.dtype, dim, at, size))
-                at += size
-        return PartLayout(tuple(tensors))
+        return _layout(self.shape, self.latent, self.heads, self.layers)
 
     @cached_property
     def places(self) -> npt.NDArray[np.int64]:
@@ -170,6 +161,22 @@ class Index:
         if index.layout.nbytes > MAX_DATA or index.pack() != block:
             raise ValueError("not the index that its numbers make")
         return index
+
+
+@functools.lru_cache(maxsize=256)
+def _layout(shape: Shape, latent: bool, heads: int, layers: tuple[int, ...]) -> PartLayout:
+    """All parts of one kind and length share it, as raw ones do."""
+    dims: dict[str, tuple[int, ...]] = {"latent": (shape.tokens, shape.channels)}
+    if not latent:
+        k, v = (s.channels for s in shape.sections)
+        dims = {"k": (heads, shape.tokens, k), "v": (heads, shape.tokens, v)}
+    tensors, at = list[TensorSpec](), 0
+    for layer in layers:
+        for which, dim in dims.items():
+            size = DTYPES[shape.dtype][0] * math.prod(dim)
+            tensors.append(TensorSpec(f"layers.{layer}.{which}", shape.dtype, dim, at, size))
+            at += size
+    return PartLayout(tuple(tensors))
 
 
 def _sections(lay: PartLayout, latent: bool, rope: Rope | None) -> tuple[Section, ...]:
