@@ -1,4 +1,4 @@
-"""What a daemon takes that has nothing to do: processor time and memory of keeper and worker over a store of any size.
+"""What a daemon takes that has nothing to do: processor time and memory of its processes over a store of any size.
 
 The store is real, with small parts (8 KiB on disk each), and a snapshot as an earlier daemon would have left it. It is
 made once and kept with ``--store``.
@@ -75,17 +75,18 @@ def fill(path: Path, chunks: int) -> None:
 
 
 def daemon_of(store: Path) -> dict[str, int]:
-    """The pids of keeper and worker."""
+    """The pids of keeper, worker and the worker's process for coding."""
     found = {}
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
                 words = (process / "cmdline").read_bytes().split(b"\0")
+                is_coder = (process / "comm").read_text() == "kvfs-coder\n"
             except OSError:  # gone meanwhile
                 continue
             for name in ("keeper", "worker"):
                 if f"kvfs.daemon.{name}".encode() in words and os.fsencode(store) in words:
-                    found[name] = int(process.name)
+                    found["coder" if is_coder else name] = int(process.name)
     return found
 
 
@@ -106,10 +107,7 @@ def measure(store: Path, settle: float, seconds: float) -> dict[str, tuple[float
             after = {name: taken(pid) for name, pid in pids.items()}
         finally:
             keeper.umount(point, lazy=True)
-    return {
-        name: ((after[name].seconds - before[name].seconds) / seconds, after[name].memory)
-        for name in ("keeper", "worker")
-    }
+    return {name: ((after[name].seconds - before[name].seconds) / seconds, after[name].memory) for name in pids}
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ REST: Final = 60.0
 WINDOW: Final = 1 << 20
 """Bytes read at a time, or one checksummed piece if that has more."""
 
-LEAST: Final = 256 << 10
+LEAST: Final = 1 << 20
 """Bytes that a read counts as, at least: a small part costs as much processor time as a large one takes bandwidth."""
 
 LEAVES: Final = 4096

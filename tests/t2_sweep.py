@@ -216,6 +216,7 @@ def test_killed_at_every_system_call(runner: Runner, template: Path, tmp_path: P
             promises(job, path, done)
         except (AssertionError, KvfsError, OSError) as e:
             raise AssertionError(f"{job} killed at {name} {n}: {e}") from e
+    report(f"{job}: killed at {killed} of {len(points)} calls")
     assert killed >= 0.9 * len(chosen("CALLS", points)), "it hardly ever came so far"
 
 

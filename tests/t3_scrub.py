@@ -201,9 +201,12 @@ def test_a_removed_part_is_passed_over(catalog: Catalog, store: Store) -> None:
 # ------------------------------------------------------------------------------------------------------- not felt
 
 
-def test_the_rate_is_kept(catalog: Catalog) -> None:
+@pytest.mark.parametrize(("least", "rate"), [(1, ALL), (1 << 20, len(KEYS) * len(MANIFEST.parts) << 20)])
+def test_the_rate_is_kept(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, least: int, rate: int) -> None:
+    """Small parts count as more than they are: they cost processor time."""
+    monkeypatch.setattr(scrub, "LEAST", least)
     begun = time.monotonic()
-    with scrubbing(catalog, rate=ALL):
+    with scrubbing(catalog, rate=rate):
         until(lambda: read_so_far(catalog) == ALL)
         took = time.monotonic() - begun
     assert 0.8 < took < 3

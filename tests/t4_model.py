@@ -267,7 +267,7 @@ class Machine(RuleBasedStateMachine):
 
     def read(self, space: Space, lease: Lease) -> None:
         """Check the bytes of a lease as an engine does."""
-        for key, part, fd, verified in lease.parts:
+        for key, part, fd, verified, _ in lease.parts:
             bad = part in space.chunks[key].bad
             assert not (bad and verified)
             try:
@@ -305,7 +305,7 @@ class Machine(RuleBasedStateMachine):
     def release(self, slot: int) -> None:
         if slot in self.leases:
             space, lease = self.leases.pop(slot)
-            for key, part, fd, _ in lease.parts:
+            for key, part, fd, _, _ in lease.parts:
                 with chunk.open_part(os.dup(fd), space.manifest, key, part) as file:
                     assert bytes(file.verify()) == payload(key, part, space.manifest)
             lease.release()
