@@ -7,7 +7,6 @@ from pathlib import Path
 
 from kvfs.daemon.fuse import connection
 from kvfs.errors import MountError
-from kvfs.tenants import FOLDER, place
 
 
 def filesystem_of(folder: Path) -> str:
@@ -31,6 +30,8 @@ def serving(store: Path) -> Path | None:
 
 def store_of(mountpoint: Path) -> Path:
     """Return the folder of the store, or of the tenant's, that a mount shows there; MountError if none does."""
+    from kvfs.tenants import FOLDER, place
+
     there, tenant = connection.mounted_at(mountpoint), ""
     if there is None and mountpoint.parent.name == FOLDER:
         there, tenant = connection.mounted_at(mountpoint.parent.parent), mountpoint.name

@@ -106,7 +106,7 @@ def test_opening_a_sealed_file_for_writing_waits_and_harms_nobody(store: Store) 
     key = new_key()
     path = store.path / MANIFEST.ns_hex / "tmp" / write(store, key)
     fd = os.open(path, os.O_RDONLY)
-    _seal(fd, "a test")
+    _seal(fd, "a test", is_network=False)
     with pytest.raises(BlockingIOError):
         os.open(path, os.O_RDWR | os.O_NONBLOCK)  # breaks the lease: the signal is sent here
     os.close(fd)
