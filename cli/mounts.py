@@ -42,6 +42,8 @@ def store_of(mountpoint: Path) -> Path:
 
 def locate(path: Path) -> tuple[Path, bool]:
     """Return the absolute path without links, and whether a store is mounted there, or a tenant's as part of one."""
+    from kvfs.tenants import FOLDER
+
     stores = mounted_stores()
     for real in (connection.real(path), Path(os.path.realpath(path))):
         if real in stores or (real.parent.name == FOLDER and real.parent.parent in stores):

@@ -103,9 +103,7 @@ def test_engines_elect_a_janitor_who_is_followed_when_he_dies_or_hangs(store: St
         until(lambda: any(each.epoch for each in all_of_them))
         until(lambda: len(names(store)) == 9)
         [first] = [each for each in all_of_them if each.epoch]
-        text(
-            store, 12
-        )  # behind the back of a janitor, who lists the store once a minute; the next one lists it at once
+        text(store, 12)  # behind the back of a janitor, who lists once a minute; the next one lists at once
         first.signal(signal.SIGKILL)
         others = [each for each in all_of_them if each is not first]
         until(lambda: any(each.epoch for each in others))
