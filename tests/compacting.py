@@ -31,7 +31,7 @@ def compact(folder: Path, level: str = "lossless") -> int:
         catalog.reconcile()
         for ns in store.namespaces():
             if store.manifest(ns).fidelity == "lossy":
-                catalog.force(ns, codec.level(level))
+                catalog.compactor.force(ns, codec.level(level))
         while True:
             swept = catalog.sweep(None, 0, 60)
             chunks += swept.chunks

