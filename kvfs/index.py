@@ -168,7 +168,8 @@ class Index:
             masks = [t.mask[i] for i in rows]
             first = next((n for n, mask in enumerate(masks) if mask), None)
             if first is not None and 0 < t.tokens[rows[first]] < whole:
-                t.tail[t.parent[rows[first]]] = rows[first] if t.parent[rows[first]] else NONE
+                if t.parent[rows[first]]:
+                    t.tail[t.parent[rows[first]]] = rows[first]
             elif first == 0:
                 end = next((n for n, mask in enumerate(masks) if not mask), len(masks))
                 t.use(rows[end - 1], now)

@@ -54,15 +54,15 @@ class Rows:
     A row with an empty mask is hollow: a chunk that is not there, though some that continue it are.  ``raw`` and
     ``coded`` are the parts stored in each form, of which ``mask`` is either; ``size`` is the bytes of all files,
     ``packed`` those of coded ones, ``level`` the number of the coarsest form that was tried.  ``depth`` is the
-    number of chunks before it in its text, ``stamp`` the Unix second of its last use or its coming, ``tail`` the tail
-    of a text that was last found to continue it.  ``newer``, ``older``, ``queue`` and ``due`` are the order's own.
+    number of chunks before it in its text, ``stamp`` the Unix second of its last use or its coming, ``tail``, of a few,
+    the tail of a text that was last found to continue it.  ``newer``, ``older``, ``queue`` and ``due`` are the order's.
     """
 
     KEPT = (
         "mask", "raw", "coded", "size", "packed", "level", "hits", "stamp", "tokens", "depth", "flags", "uses", "parent"
     )  # fmt: skip
     """Columns of a snapshot; the others follow from these."""
-    DERIVED = ("children", "tail", "newer", "older", "queue", "due")
+    DERIVED = ("children", "newer", "older", "queue", "due")
 
     def __init__(self, order: Callable[["Rows"], Order] | None = None) -> None:
         self.number: dict[bytes, int] = {}
@@ -71,7 +71,8 @@ class Rows:
         self.size, self.packed, self.level = array("q"), array("q"), array("B")
         self.hits, self.stamp, self.depth = array("I"), array("I"), array("I")
         self.tokens, self.flags, self.uses = array("H"), array("B"), array("B")
-        self.parent, self.children, self.tail = array("I"), array("I"), array("I")
+        self.parent, self.children = array("I"), array("I")
+        self.tail: dict[int, int] = {}
         self.newer, self.older, self.queue, self.due = array("I"), array("I"), array("B"), array("I")
         for c in self.columns():
             c.extend([0] * ENDS)
@@ -171,7 +172,8 @@ class Rows:
             self.order.drop(row)
         self.parent[row] = NONE
         self.flags[row] = UNKNOWN
-        self.hits[row] = self.uses[row] = self.tail[row] = 0
+        self.hits[row] = self.uses[row] = 0
+        self.tail.pop(row, None)
         return parent
 
     def _free(self, row: int) -> None:
@@ -210,7 +212,7 @@ class Rows:
             return
         self.parent[row] = parent
         self.children[parent] += 1
-        tail, self.tail[parent] = self.tail[parent], NONE
+        tail = self.tail.pop(parent, NONE)
         if tail and self.parent[tail] == parent and self.tokens[tail] < self.tokens[row] and self.order:
             self.order.demote(tail)
 
