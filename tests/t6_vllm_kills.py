@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 pytestmark = [
     pytest.mark.torture,
     pytest.mark.slow,
-    pytest.mark.timeout(0 if LONG else 600),
+    pytest.mark.timeout(0),
+    pytest.mark.skipif(not LONG, reason="minutes: make torture"),
     pytest.mark.skipif(not can_mount(), reason="mounting takes root and /dev/fuse"),
 ]
 
-KILLS = size("ENGINE_KILLS", 5, 100)
+KILLS = size("ENGINE_KILLS", 100, 100)
 PROMPTS, TOKENS = 4, 700
 ENGINES = ("one", "two")
 QUIET = (0.0, 1.0)
