@@ -15,6 +15,7 @@ from kvfs.store import Store
 from tests.engines import RESET, SETTLE, cached, can_mount, generate, prompt, run_engine, texts_of, transfer
 from tests.hook_probe import events
 from tests.t6_vllm_models import NO_WRITE, PATIENT, reached
+from tests.torture import LONG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -50,7 +51,10 @@ def divergence(p: Any, q: Any) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.parametrize("name", ["smollm2", "gemma"])
+LONG_FORM = [pytest.mark.torture, pytest.mark.skipif(not LONG, reason="a minute: make torture")]
+
+
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma", marks=LONG_FORM)])
 def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: Models, tmp_path: Path) -> None:
     model = getattr(models, name)
     texts = texts_of(model, list(probe_texts().values()))
