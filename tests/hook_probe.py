@@ -45,7 +45,7 @@ class ProbeLoader(Loader):
         self.faults = {"fail": [], "hang": []} | json.loads(os.environ.get("KVFS_PROBE_FAULTS", "{}"))
         self.store = Store.open(os.environ["KVFS_PROBE_STORE"])
         self.number: dict[str, int] = {}
-        self.lock = threading.Lock()
+        self.lock, self.ending = threading.Lock(), threading.Lock()
         super().__init__(*args)
 
     def submit(self, load: Any, manifests: Any) -> None:
@@ -69,7 +69,11 @@ class ProbeLoader(Loader):
 
     def _end(self, active: Active, reason: str | None) -> None:
         bad = self.compare(active) if reason is None else []
-        super()._end(active, reason)
+        with self.ending:  # several threads of a load may fail; one of them ends it
+            told = active.ended
+            super()._end(active, reason)
+        if told:
+            return
         tell(
             event="load",
             number=self.number[active.load.request],
