@@ -51,10 +51,9 @@ def divergence(p: Any, q: Any) -> np.ndarray:
     return np.array(out)
 
 
-LONG_FORM = [pytest.mark.torture, pytest.mark.skipif(not LONG, reason="a minute: make torture")]
-
-
-@pytest.mark.parametrize("name", ["smollm2", pytest.param("gemma", marks=LONG_FORM)])
+@pytest.mark.torture
+@pytest.mark.skipif(not LONG, reason="two minutes: make torture")
+@pytest.mark.parametrize("name", ["smollm2", "gemma"])
 def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: Models, tmp_path: Path) -> None:
     model = getattr(models, name)
     texts = texts_of(model, list(probe_texts().values()))
