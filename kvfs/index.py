@@ -299,9 +299,14 @@ class Index:
         this runs are kept.
         """
         found = gone = 0
+        with self._lock:
+            before = dict(self._tables)
         present = set(self.store.namespaces())
-        for ns in set(self._tables) - present:
-            self.forget(ns)
+        with self._lock:
+            for ns in before.keys() - present:
+                if self._tables.get(ns) is before[ns]:  # else it was retired and made anew while the store was listed
+                    del self._tables[ns]
+                    self._changed = True
         for ns in present:
             f, g = self._reconcile(ns, self._table(ns), on_change)
             found, gone = found + f, gone + g

@@ -154,6 +154,7 @@ class Store:
             names = sorted(e.name for e in it if is_ns(e.name))
         for name in names:
             with contextlib.suppress(NamespaceNotFound, IdentityError):
+                self._drop_stale(bytes.fromhex(name))
                 self.manifest(bytes.fromhex(name))
                 out.append(bytes.fromhex(name))
         return out
@@ -239,7 +240,7 @@ class Store:
         return fd
 
     def _drop_stale(self, ns: bytes) -> None:
-        """Forget a namespace that another process has retired, before anything is written to it."""
+        """Forget a namespace that another process has retired, before it is listed or anything is written to it."""
         if ns in self._dirs:
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(ns.hex(), dir_fd=self._root, follow_symlinks=False)

@@ -51,8 +51,6 @@ class Bed:
     done: int = 0
     examples: Iterator[int] = field(default_factory=itertools.count)
     accidents: int = 0
-    stale: int = 0
-    """Lookups that missed what a listing then found."""
     left: list[Space] = field(default_factory=list)
     """Namespaces that could not be retired, as nothing is for a while after a restart."""
 

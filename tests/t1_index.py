@@ -93,6 +93,39 @@ def test_a_retired_namespace_is_forgotten(store: Store) -> None:
     assert again.totals() == (0, 0)
 
 
+def test_a_namespace_made_anew_during_a_listing_stays(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(store, new_key())
+    index, key, listed = Index(store), new_key(), store.namespaces
+    index.reconcile()
+
+    def meanwhile() -> list[bytes]:
+        """What the store holds between a retirement and the next use, both of which come while it is listed."""
+        store.retire(NS)
+        index.forget(NS)
+        found = listed()
+        index.register(store.register(MANIFEST))
+        put(store, key)
+        for part in MANIFEST.parts:
+            index.add(NS, key, part, 4096)
+        return found
+
+    monkeypatch.setattr(store, "namespaces", meanwhile)
+    index.reconcile()
+    assert index.masks(NS, [key]) == [MANIFEST.all_parts]
+
+
+def test_a_namespace_that_another_process_made_anew_is_listed_as_it_is(store: Store) -> None:
+    put(store, new_key())
+    index, key = Index(store), new_key()
+    index.reconcile()
+    with Store.open(store.path) as other:
+        other.retire(NS)
+        other.register(MANIFEST)
+        put(other, key)
+    index.reconcile()
+    assert index.keys(NS) == [key]
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_chunk_costs_at_most_300_bytes_of_memory(store: Store, policy: str) -> None:
     """100,000 chunks, in a process of its own: resident memory before and after."""

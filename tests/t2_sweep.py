@@ -198,7 +198,7 @@ def plan(runner: Runner, job: str, template: Path, path: Path) -> list[tuple[str
 
 def chosen(what: str, cases: list[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
     """So many of the cases as fit, spread evenly from a random one on; all of them in the long form."""
-    wanted = size(what, 12, len(cases))
+    wanted = size(what, 20, len(cases))
     stride = max(1, len(cases) // wanted)
     return cases[random.Random(SEED).randrange(stride) :: stride]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 pytestmark = [*torture(), guest.needs_guest]
 
-CUTS = size("CUTS", 2, 100)
+CUTS = size("CUTS", 8, 100)
 AT_ONCE = 20
 """Cuts of one guest."""
 

@@ -14,7 +14,7 @@ from tests.torture import SEED, report, size, torture
 
 pytestmark = torture()
 
-KILLS = size("KILLS", 30, 1000)
+KILLS = size("KILLS", 60, 1000)
 ROUND = 60
 """Kills of one store; a longer storm goes on in another."""
 
