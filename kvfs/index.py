@@ -296,8 +296,7 @@ class Index:
         """List the store and correct the rows; returns parts found anew and parts found gone.
 
         ``on_change(ns, key, part, appeared)`` hears of each, and of those whose raw form is gone. Parts published while
-        this runs are kept.
-        """
+        this runs are kept."""
         found = gone = 0
         with self._lock:
             before = dict(self._tables)
@@ -308,8 +307,9 @@ class Index:
                     del self._tables[ns]
                     self._changed = True
         for ns in present:
-            f, g = self._reconcile(ns, self._table(ns), on_change)
-            found, gone = found + f, gone + g
+            with contextlib.suppress(NamespaceNotFound):  # retired meanwhile
+                f, g = self._reconcile(ns, self._table(ns), on_change)
+                found, gone = found + f, gone + g
         return found, gone
 
     def _reconcile(
