@@ -61,7 +61,7 @@ for place in kvfs packages python; do
     eval "mount --rbind \"\$$place\" opt/$place"
 done
 mount -t tmpfs tmpfs var/lib/kvfs
-mkdir -p opt/work && mount --bind "$WORK" opt/work
+mkdir -p opt/given && mount --bind "$WORK" opt/given
 mkdir tmp/before && pivot_root . tmp/before && umount -l /tmp/before
 mount -t tmpfs tmpfs /tmp
 mount --make-rshared /
@@ -73,7 +73,7 @@ END
 chmod 755 /usr/bin/kvfs
 cp /opt/kvfs/systemd/*.service /units
 mkdir /units/service.d
-printf '[Service]\nStandardOutput=append:/opt/work/log\n' >/units/service.d/log.conf
+printf '[Service]\nStandardOutput=append:/opt/given/log\n' >/units/service.d/log.conf
 for target in sysinit basic shutdown multi-user local-fs remote-fs; do echo '[Unit]' >/units/$target.target; done
 rm -f /etc/machine-id && echo 0123456789abcdef0123456789abcdef >/etc/machine-id
 systemd-sysusers /opt/kvfs/systemd/sysusers.d/kvfs.conf

@@ -93,6 +93,7 @@ def run_engine(
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_CPU_OMP_THREADS_BIND": "0|1" if llm.get("tensor_parallel_size", 1) == 2 else "0-1",
             "VLLM_NO_USAGE_STATS": "1",
+            "TORCHDYNAMO_DISABLE": "1",  # engines run eagerly; what is compiled all the same costs each of them seconds
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(folder),  # vLLM leaves its sockets behind
             "KVFS_PROBE": str(folder / f"{name}.events"),

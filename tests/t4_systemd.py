@@ -22,7 +22,7 @@ pytestmark = needs_systemd
 
 KEEPER, WORKER = "kvfs@main", "kvfs-worker@main"
 MOUNT = "/run/kvfs/main/mnt"
-COPY = "cp -r /opt/work/kv /var/lib/kvfs/main && chown -R kvfs: /var/lib/kvfs/main"
+COPY = "cp -r /opt/given/kv /var/lib/kvfs/main && chown -R kvfs: /var/lib/kvfs/main"
 CONFIG = "echo 'store = \"/var/lib/kvfs/main\"' >/etc/kvfs/main.toml"
 
 
@@ -105,9 +105,9 @@ def test_the_worker_has_no_rights_and_the_keeper_three(host: Host) -> None:
 
 def test_a_sandboxed_worker_serves(host: Host) -> None:
     """Reads, copies into the mount, removals, the control socket, the process that codes parts."""
-    host.output("cmp", part(0), part(0, "/opt/work/kv"))
+    host.output("cmp", part(0), part(0, "/opt/given/kv"))
     host.output("rm", part(7))
-    host.output("cp", part(7, "/opt/work/kv"), part(7))
+    host.output("cp", part(7, "/opt/given/kv"), part(7))
     assert samples.MANIFEST.ns_hex in host.output("kvfs", "status", "--at", MOUNT, "--json")
     assert "compacted" in host.output("kvfs", "compact", "--at", MOUNT, "--now")  # by a child of its own
 
@@ -149,7 +149,7 @@ def test_a_killed_keeper_is_not_noticed(host: Host) -> None:
     with reading(host):
         signal(host, KEEPER, "SIGKILL")
         next_process(host, KEEPER, keeper)
-        assert not host.output("cmp", part(3), part(3, "/opt/work/kv"))
+        assert not host.output("cmp", part(3), part(3, "/opt/given/kv"))
     assert host.output("stat", "-f", "-c", "%i", MOUNT) == there
     until(lambda: host.show(KEEPER, "ActiveState") == ["active"])
     assert "alice" in host.output("kvfs", "status", "--at", f"{MOUNT}/tenants/alice")  # its socket was kept too
@@ -168,4 +168,4 @@ def test_restarted_it_serves_again(host: Host) -> None:
     keeper, worker = pid(host, KEEPER), pid(host, WORKER)
     host.output("systemctl", "restart", KEEPER)
     assert {keeper, worker}.isdisjoint({pid(host, KEEPER), pid(host, WORKER)})
-    assert not host.output("cmp", part(2), part(2, "/opt/work/kv"))
+    assert not host.output("cmp", part(2), part(2, "/opt/given/kv"))

@@ -15,7 +15,6 @@ from kvfs.store import Store
 from tests.engines import RESET, SETTLE, cached, can_mount, generate, prompt, run_engine, texts_of, transfer
 from tests.hook_probe import events
 from tests.t6_vllm_models import NO_WRITE, PATIENT, reached
-from tests.torture import LONG
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,8 +26,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 PREFIX, CONTINUATION, TOP = 1024, 224, 512
 BOUND = 1.25
 """How far next-token distributions may be from those with raw KV: so many times as far as with KIVI's int4 cache."""
-NO_COMPILER = {"TORCHDYNAMO_DISABLE": "1"}
-"""The first log-probabilities of a process would cost half a minute of compilation."""
 
 
 # --- lossy: near what was computed ---
@@ -51,8 +48,6 @@ def divergence(p: Any, q: Any) -> np.ndarray:
     return np.array(out)
 
 
-@pytest.mark.torture
-@pytest.mark.skipif(not LONG, reason="two minutes: make torture")
 @pytest.mark.parametrize("name", ["smollm2", "gemma"])
 def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: Models, tmp_path: Path) -> None:
     model = getattr(models, name)
@@ -79,7 +74,6 @@ def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: M
             *score("kivi"),
         ],
         transfer(store=store, fidelity="lossy", **PATIENT),
-        NO_COMPILER,
         max_logprobs=TOP,
     )
     assert [r["cached"] for r in found if "cached" in r] == [[PREFIX] * len(prompts)] * 3
