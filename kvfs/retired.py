@@ -1,4 +1,4 @@
-"""Namespaces on their way out: moved into ``.kvfs`` at once, under a name of their own, and deleted at leisure."""
+"""Namespaces and tenants on their way out: moved into ``.kvfs`` at once, under a name of their own, and deleted at leisure."""
 
 import os
 import secrets
@@ -10,9 +10,9 @@ __all__ = ["clear", "is_retired", "name_for"]
 _PREFIX = "retired-"
 
 
-def name_for(ns: bytes) -> str:
-    """A new name for a namespace that goes."""
-    return f"{_PREFIX}{ns.hex()[:12]}-{secrets.token_hex(8)}"
+def name_for(what: str) -> str:
+    """A new name for a folder that goes; ``what`` tells people which it was."""
+    return f"{_PREFIX}{what}-{secrets.token_hex(8)}"
 
 
 def is_retired(name: str) -> bool:

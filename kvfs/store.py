@@ -219,7 +219,7 @@ class Store:
                 raise NamespaceNotFound(ns.hex()[:12])
             self._forget(ns)
             return
-        trash = f".kvfs/{retired.name_for(ns)}"
+        trash = f".kvfs/{retired.name_for(ns.hex()[:12])}"
         try:
             os.rename(ns.hex(), trash, src_dir_fd=self._root, dst_dir_fd=self._root)
         except FileNotFoundError:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvfs import marker
+from kvfs import marker, retired
 from kvfs.config import nearest
 from kvfs.errors import ConfigError, TenantNotFound, Unsupported
 from kvfs.files import DIR_MODE, OPEN_DIR, from_os_error, make_dir, read_small
@@ -220,7 +220,7 @@ def clear(store: Path, name: str) -> None:
     root = os.open(store, OPEN_DIR)
     try:
         make_dir(".kvfs", root)
-        trash = f".kvfs/retired-{name}-{secrets.token_hex(8)}"
+        trash = f".kvfs/{retired.name_for(name)}"
         with contextlib.suppress(FileNotFoundError):
             os.rename(f"{FOLDER}/{name}", trash, src_dir_fd=root, dst_dir_fd=root)
             shutil.rmtree(trash, dir_fd=root, ignore_errors=True)
