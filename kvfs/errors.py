@@ -51,6 +51,11 @@ class ChunkCorrupt(KvfsError, ValueError):
     exit_code = 4
 
     @property
+    def name(self) -> str:
+        """The part, as KEY.PART, if that is known."""
+        return str(self.args[0])
+
+    @property
     def reason(self) -> str:
         """A slug from a small closed set, used as a metric label and in lost+found."""
         return str(self.args[1])

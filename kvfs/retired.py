@@ -1,4 +1,4 @@
-"""Namespaces and tenants on their way out: moved into ``.kvfs`` at once, under a name of their own, and deleted at leisure."""
+"""Namespaces and tenants on their way out: moved into ``.kvfs`` at once, under new names, and deleted at leisure."""
 
 import os
 import secrets

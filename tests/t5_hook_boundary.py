@@ -136,3 +136,19 @@ def test_transfer_threads_are_not_bound_to_the_core_that_computes() -> None:
     outer.start()
     outer.join()
     assert found == [{min(before)}, before]
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_transfer_threads_that_share_work_share_no_core() -> None:
+    every, found = os.sched_getaffinity(0), []
+
+    def transfer(which: int) -> None:
+        step_aside(which, 2)
+        found.append(os.sched_getaffinity(0))
+
+    for which in (0, 1):
+        each = threading.Thread(target=transfer, args=(which,))
+        each.start()
+        each.join()
+    assert found[0] | found[1] == every
+    assert not found[0] & found[1]

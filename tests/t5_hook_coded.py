@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 
-from kvfs.coded import CodedFile, open_coded
-from kvfs.errors import ChunkCorrupt
-from kvfs.identity import GroupKind
 from kvfs.vllm_hook.copying import HostCopy
-from kvfs.vllm_hook.decoding import Ways, decoded_layers, room
-from tests.codec_parts import raw_part
+from kvfs.vllm_hook.decoding import Ways
 from tests.compacting import compact
 from tests.t5_hook_text import text
 from tests.toy import CANARY, HYBRID, PLAIN, Toy, engine, wait_until  # noqa: F401 - a fixture
@@ -117,17 +110,17 @@ def test_a_damaged_stream_fails_the_load_and_is_put_away(
 
 
 class Hanging(HostCopy):
-    """Decodes one part, then hangs until ``go`` is set."""
+    """Decodes a few parts, then hangs until ``go`` is set."""
 
     def __init__(self, kv: Any) -> None:
         super().__init__(kv)
         self.go, self.reads = threading.Event(), 0
 
-    def decode(self, file: Any, manifest: Any, *args: Any) -> int:
+    def decode(self, *args: Any) -> None:
         self.reads += 1
         if self.reads > 1:
             assert self.go.wait(20)
-        return super().decode(file, manifest, *args)
+        super().decode(*args)
 
 
 def test_a_decode_that_hangs_is_given_up_and_writes_nothing_afterwards(
@@ -146,40 +139,3 @@ def test_a_decode_that_hangs_is_given_up_and_writes_nothing_afterwards(
     for cache in toy.ranks[0].caches.values():
         assert (cache.view(torch.int16) == CANARY).all()
     assert toy.answer(tokens) == 496
-
-
-# --- one file ---
-
-
-def coded_file(path: Path, **more: Any) -> tuple[Any, bytes]:
-    """A coded part on disk, and its raw part."""
-    raw = raw_part(fidelity="exact", **more)
-    path.write_bytes(raw.encode("lossless"))
-    return raw, path.read_bytes()
-
-
-def opened(path: Path, raw: Any) -> CodedFile:
-    return open_coded(os.open(path, os.O_RDONLY), raw.manifest, raw.header.meta.key, raw.header.meta.part)
-
-
-def test_the_first_layers_are_ready_before_the_last_are_read(tmp_path: Path) -> None:
-    raw, whole = coded_file(tmp_path / "part", kind=GroupKind("full", tuple(range(8)), 2, 128, 128))
-    with opened(tmp_path / "part", raw) as file:
-        streams, data = np.zeros(room(file), np.uint8), np.zeros(file.header.layout.nbytes, np.uint8)
-        assert len(file.header.index.batches()) > 1
-        os.truncate(tmp_path / "part", len(whole) - 100)
-        ready = decoded_layers(file, streams, data)
-        first, last = next(ready)
-        tensors = raw.header.layout.tensors
-        end = tensors[2 * last - 1].start + tensors[2 * last - 1].nbytes
-        assert (first, data[:end].tobytes()) == (0, raw.data[:end])
-        with pytest.raises(ChunkCorrupt, match="truncated"):
-            list(ready)
-
-
-def test_a_coded_file_is_no_larger_than_any_can_be(tmp_path: Path) -> None:
-    raw, _ = coded_file(tmp_path / "part")
-    with opened(tmp_path / "part", raw) as file:
-        huge = CodedFile(file.fd, raw.manifest, dataclasses.replace(file.header, file_size=1 << 40))
-        with pytest.raises(ChunkCorrupt, match="size"):
-            room(huge)

@@ -66,6 +66,23 @@ def test_a_hanging_read_is_given_up_and_writes_nothing_afterwards(engine: Callab
     assert toy.answer(tokens) == 496  # the thread that hung has been replaced
 
 
+def test_an_idle_step_waits_for_the_end_of_a_load_and_not_for_its_own(engine: Callable[..., Toy]) -> None:
+    tokens = text(3, 500)
+    engine().answer(tokens)
+    toy = engine(copy=Hanging, stall=5.0, longest=20.0)
+    loader, reports = toy.ranks[0].loader, []
+    assert loader.take(20.0) == (set(), set())  # nothing is under way
+    loading = threading.Thread(target=lambda: reports.append(toy.admit(tokens)))
+    loading.start()
+    wait_until(lambda: loader._copy.reads > Hanging.after)
+    began = time.monotonic()
+    assert loader.take(0.05) == (set(), set())
+    assert 0.05 <= time.monotonic() - began < 2.0
+    threading.Timer(0.05, loader._copy.go.set).start()
+    loading.join(20)
+    assert not reports[0].failed
+
+
 def test_stuck_threads_are_bounded(engine: Callable[..., Toy], logs: Logs) -> None:
     tokens = text(2, 200)
     engine().answer(tokens)

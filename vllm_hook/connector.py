@@ -192,6 +192,7 @@ class KvfsConnector(base.KVConnectorBase_V1, base.SupportsHMA):
         if self._scheduler is None:
             return StepJobs()
         jobs = self._scheduler.take_step()
+        jobs.idle = not scheduler_output.num_scheduled_tokens
         self._add_saves(jobs, scheduler_output)
         return jobs
 

@@ -5,7 +5,7 @@ Both ways keep the rule of the cancel token: what can block (a read) writes only
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +17,18 @@ from kvfs.coded import CodedFile
 from kvfs.device import Rows, gather_rows, pinned, rows_of, scatter_rows
 from kvfs.errors import ChunkCorrupt
 from kvfs.identity import Manifest, PartId
-from kvfs.vllm_hook.decoding import decoded_layers, room
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.staging import Bytes, Staging, pageable
 
-__all__ = ["Copy", "DeviceCopy", "HostCopy"]
+__all__ = ["CodedRows", "Copy", "DeviceCopy", "HostCopy"]
 
 Table = npt.NDArray[np.int64]
 
+CodedRows = tuple[CodedFile, Manifest, int, int]
+"""A coded part, its namespace, and which of its rows: [first, last)."""
+
 LOAD_BYTES = 256 << 20
-"""Memory that loads pass through, at most."""
+"""Pinned memory that loads pass through, at most."""
 
 
 class HostCopy:
@@ -36,7 +38,6 @@ class HostCopy:
 
     def __init__(self, kv: PagedKV) -> None:
         self._kv = kv
-        self._staging = Staging(LOAD_BYTES)
 
     def load(
         self,
@@ -62,21 +63,24 @@ class HostCopy:
                 raise
             raise ChunkCorrupt(file.name, "checksum", f"tensor {e.args[1]} head {e.args[2]}") from None
 
-    def decode(
-        self, file: CodedFile, manifest: Manifest, table: Table, first: int, last: int, token: _native.CancelToken
-    ) -> int:
-        """As `load`, from the coded form; each layer is in its blocks before the next ones are read.
+    def decode(self, parts: Sequence[CodedRows], table: Table, token: _native.CancelToken) -> None:
+        """As `load`, from the coded forms of several parts.
 
-        ChunkCorrupt as `decoded_layers`; DeadlineExceeded if no memory gets free.
+        ChunkCorrupt ``checksum`` or ``stream``; OSError of a read; InterruptedError once ``token`` is cancelled.
         """
-        h, meta, moved = file.header, file.header.meta, 0
-        ops = self._kv.ops(manifest, meta.part, meta.tokens)
-        tensors = len(ops) // len(h.index.layers)
-        with self._staging.lend(h.layout.nbytes) as data, self._staging.lend(room(file)) as streams:
-            for a, b in decoded_layers(file, streams, data):
-                rows = ops[tensors * a : tensors * b]
-                moved += _native.scatter(data, rows, table, first, last, meta.position, token)
-        return moved
+        todo = []
+        for file, manifest, first, last in parts:
+            h = file.header
+            ops = self._kv.ops(manifest, h.meta.part, h.meta.tokens)
+            todo.append(h.arguments(file.fd, ops, first, last))
+        try:
+            _native.load_coded(todo, table, token)
+        except ValueError as e:
+            if not e.args or e.args[0] not in {"checksum", "stream"}:
+                raise
+            reason, layer, head, bad, *why = e.args
+            where = " ".join([f"layer {layer} head {head}", *why])
+            raise ChunkCorrupt(parts[bad][0].header.name, reason, where) from None
 
     def gather(
         self, manifest: Manifest, part: PartId, tokens: int, position: int, table: Table, out: Bytes
@@ -96,7 +100,7 @@ class DeviceCopy:
 
     def __init__(self, kv: PagedKV) -> None:
         self._kv = kv
-        self._staging, self._ring = Staging(LOAD_BYTES), Staging(LOAD_BYTES, pinned)
+        self._ring = Staging(LOAD_BYTES, pinned)
         self._in, self._out = torch.cuda.Stream(kv.device), torch.cuda.Stream(kv.device)
 
     def load(
@@ -117,16 +121,14 @@ class DeviceCopy:
                 raise ChunkCorrupt(file.name, "checksum", "a tensor differs")
             return self._push(manifest, h.meta, table, first, last, data, token)
 
-    def decode(
-        self, file: CodedFile, manifest: Manifest, table: Table, first: int, last: int, token: _native.CancelToken
-    ) -> int:
-        """As `HostCopy.decode`, but that all layers are decoded, by the CPU, before the first goes to the GPU."""
-        h = file.header
-        with self._ring.lend(h.layout.nbytes) as data, self._staging.lend(room(file)) as streams:
-            for _ in decoded_layers(file, streams, data):
-                if token.cancelled:
-                    raise InterruptedError
-            return self._push(manifest, h.meta, table, first, last, data, token)
+    def decode(self, parts: Sequence[CodedRows], table: Table, token: _native.CancelToken) -> None:
+        """As `HostCopy.decode`, but that a whole part is decoded, by the CPU, before its first layer goes to the GPU.
+        ChunkCorrupt ``truncated`` too; DeadlineExceeded if no pinned memory gets free."""
+        for file, manifest, first, last in parts:
+            h = file.header
+            with self._ring.lend(h.layout.nbytes) as data:
+                h.decode(file.read(), data.data)
+                self._push(manifest, h.meta, table, first, last, data, token)
 
     def _push(
         self,

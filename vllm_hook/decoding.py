@@ -1,49 +1,6 @@
-"""Compacted parts on their way into an engine's blocks: decoded here, layer after layer, or hydrated by the store.
+"""Compacted parts on their way into an engine's blocks: decoded here, or hydrated by the store."""
 
-The first layers are in the blocks before the last ones have been read.
-"""
-
-import os
-from collections.abc import Iterator
-
-from kvfs.coded import CodedFile
-from kvfs.errors import ChunkCorrupt
-from kvfs.vllm_hook.staging import Bytes
-
-__all__ = ["Ways", "decoded_layers", "room"]
-
-OVERHEAD = 1 << 20
-"""A coded part may be so much larger than its raw form: what cannot be compressed."""
-STEP = 1 << 18
-"""Memory for coded parts is taken in multiples of it, so that it can be used again for one of another size."""
-
-
-def room(file: CodedFile) -> int:
-    """Bytes of memory that reading a coded part takes. ChunkCorrupt ``size`` if it is larger than any can be."""
-    h = file.header
-    if h.file_size > h.layout.nbytes + OVERHEAD:
-        raise ChunkCorrupt(h.name, "size", f"{h.file_size} bytes for {h.layout.nbytes} of KV")
-    return -(-h.file_size // STEP) * STEP
-
-
-def decoded_layers(file: CodedFile, buffer: Bytes, out: Bytes) -> Iterator[tuple[int, int]]:
-    """Read a part into ``buffer`` (`room` bytes) and decode it into ``out``, the data region of the raw form; gives the
-    ranges of layers as they get ready, in order.
-
-    Streams are verified before they are decoded. ChunkCorrupt ``truncated``, ``checksum`` or ``stream``; OSError of the
-    read.
-    """
-    h, index, turns = file.header, file.header.index, file.header.turns()
-    view = memoryview(buffer.data)[: h.file_size]
-    for first, last in index.batches():
-        at, end = (h.data_start + int(index.bounds[i]) for i in (first, last))
-        while at < end:
-            got = os.preadv(file.fd, [view[at:end]], at)
-            if got == 0:
-                raise ChunkCorrupt(h.name, "truncated", "the file ends inside its streams")
-            at += got
-        h.decode_layers(view, out.data, first, last, turns)
-        yield first, last
+__all__ = ["Ways"]
 
 
 class Ways:

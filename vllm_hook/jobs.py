@@ -74,9 +74,10 @@ class Save:
 @dataclass
 class StepJobs(KVConnectorMetadata):
     """Everything for one step. ``manifests`` are the namespaces not announced before, ``held`` the finished requests
-    whose blocks the engine keeps until the worker has reported them as sent."""
+    whose blocks the engine keeps until the worker has reported them as sent. ``idle``: the engine computes nothing."""
 
     manifests: list[Manifest] = field(default_factory=list)
     loads: list[Load] = field(default_factory=list)
     saves: list[Save] = field(default_factory=list)
     held: set[str] = field(default_factory=set)
+    idle: bool = False

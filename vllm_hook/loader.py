@@ -25,7 +25,7 @@ from kvfs.codec import FORMS
 from kvfs.coded import open_coded
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, StoreBusy
 from kvfs.identity import Manifest, PartId
-from kvfs.vllm_hook.copying import Copy
+from kvfs.vllm_hook.copying import CodedRows, Copy
 from kvfs.vllm_hook.decoding import Ways
 from kvfs.vllm_hook.jobs import Load, LoadPart
 from kvfs.vllm_hook.layout import PagedKV
@@ -41,6 +41,8 @@ MAX_STUCK = 8
 MAX_THREADS = 4
 """Threads that a load is spread over, where there are as many cores. A forward pass waits for the slowest of its own
 threads, so a load beside it costs least if it is over soon."""
+TOGETHER = 6
+"""Coded parts that a thread decodes without coming back to the interpreter, for which it would wait each time."""
 REPORT_TIMEOUT = 1.0
 RAW = FORMS[0]
 
@@ -55,11 +57,13 @@ REASONS: dict[type[Exception], str] = {
 """Why loads fail, as the label of a metric; anything else is an ``error``."""
 
 Ref = tuple[LoadPart, PartId]
+Group = Sequence[tuple[LoadPart, LeasedPart]]
 
 
 @dataclass(eq=False)
 class Active:
-    """A load under way. ``left`` counts the batches that its threads have not finished."""
+    """A load under way. ``left`` counts the batches that its threads have not finished; ``threads`` are those at work,
+    with their numbers."""
 
     load: Load
     manifests: Mapping[bytes, Manifest]
@@ -71,7 +75,12 @@ class Active:
     ended: bool = False
     moved_at: float | None = None
     moved: int = 0
-    threads: set[threading.Thread] = field(default_factory=set)
+    threads: dict[threading.Thread, int] = field(default_factory=dict)
+
+    def rows(self, part: LoadPart, where: PartId) -> tuple[int, int]:
+        """Which rows of a part are wanted: [first, last)."""
+        load = self.load
+        return max(load.first[where.kind] - part.position, 0), min(load.n - part.position, part.tokens)
 
 
 class Loader:
@@ -89,8 +98,8 @@ class Loader:
         self._stuck: set[threading.Thread] = set()
         self._closed = False
         self._width = min(MAX_THREADS, len(cores()))
-        for _ in range(self._width):
-            self._start_thread()
+        for number in range(self._width):
+            self._start_thread(number)
         threading.Thread(target=self._watch, name="kvfs-watchdog", daemon=True).start()
 
     def submit(self, load: Load, manifests: Mapping[bytes, Manifest]) -> None:
@@ -123,11 +132,13 @@ class Loader:
                 return
         self._end(active, reason)
 
-    def take(self) -> tuple[set[str], set[str]]:
-        """Loads that have ended since the last call, and which of them failed."""
-        if not self._done:  # the usual case in every step of the engine
+    def take(self, wait: float = 0.0) -> tuple[set[str], set[str]]:
+        """Loads that have ended since the last call, and which of them failed. ``wait``: so many seconds, at most, for
+        one to end, if any is under way."""
+        if not (self._done or (wait and self._active)):  # the usual case in every step of the engine
             return set(), set()
         with self._changed:
+            self._changed.wait_for(lambda: self._done or not self._active, wait)
             done, failed = self._done, self._failed
             self._done, self._failed = set(), set()
         return done, failed
@@ -158,6 +169,7 @@ class Loader:
                 self._count_failure(active.load.request, reason)
                 return
             self._done.add(active.load.request)
+            self._changed.notify_all()
         self._counts.add("loads", 1)
         self._counts.add("load_bytes", active.token.progress)
         self._counts.add("load_seconds", time.monotonic() - active.submitted)
@@ -165,33 +177,34 @@ class Loader:
     def _count_failure(self, request: str, reason: str) -> None:
         self._done.add(request)
         self._failed.add(request)
+        self._changed.notify_all()
         self._counts.add("load_failures", 1, reason)
 
-    def _replace(self, threads: set[threading.Thread]) -> None:
+    def _replace(self, threads: dict[threading.Thread, int]) -> None:
         """The threads of a load given up may be stuck: leave them, and start others."""
-        for thread in () if self._closed else threads - {threading.current_thread()}:
+        for thread in () if self._closed else threads.keys() - {threading.current_thread()}:
             self._stuck.add(thread)
-            self._start_thread()
+            self._start_thread(threads[thread])
 
     # --- threads ---
 
-    def _start_thread(self) -> None:
-        threading.Thread(target=self._run, name="kvfs-load", daemon=True).start()
+    def _start_thread(self, number: int) -> None:
+        threading.Thread(target=self._run, args=(number,), name=f"kvfs-load-{number}", daemon=True).start()
 
-    def _run(self) -> None:
+    def _run(self, number: int) -> None:
         me = threading.current_thread()
-        step_aside()
+        step_aside(number, self._width)
         while (task := self._queue.get()) is not None:
             active, refs = task
             with self._changed:
                 if active.ended:
                     continue
-                active.threads.add(me)
+                active.threads[me] = number
                 active.moved_at = active.moved_at or time.monotonic()
             with contextlib.ExitStack() as later:  # what is not needed to report the end of the load
                 reason = self._attempt(active, refs, later)
                 with self._changed:
-                    active.threads.discard(me)
+                    active.threads.pop(me, None)
                     active.left -= 1
                     finished = active.left == 0
                     replaced = me in self._stuck
@@ -223,53 +236,71 @@ class Loader:
             wanted = [(part.key, where) for part, where in own]
             lease = later.enter_context(self._client.lease(ns, wanted, timeout=self._stall, coded=True))
             todo += zip((part for part, _ in own), lease.parts, strict=True)
-        for (part, leased), ahead in itertools.zip_longest(todo, todo[1:]):
-            if ahead is not None and ahead[1].form != RAW:  # the disk reads it while this one is decoded
-                os.posix_fadvise(ahead[1].fd, 0, 0, os.POSIX_FADV_WILLNEED)
-            self._part(active, part, leased, later)
-
-    def _part(self, active: Active, part: LoadPart, leased: LeasedPart, later: contextlib.ExitStack) -> None:
-        """Bring a part into the blocks; a compacted one by whichever way is faster."""
-        if leased.form == RAW:
-            self._fill(active, part, leased, later)
-            return
-        decodes, began = self._ways.decodes(), time.monotonic()
-        if not decodes:
-            try:
-                with self._client.lease(part.ns, [(part.key, leased.part)], timeout=self._stall) as hydrated:
-                    self._fill(active, part, hydrated.parts[0], later)
-            except StoreBusy:  # there is no memory to hydrate it
-                decodes = True
-        if decodes:
-            self._fill(active, part, leased, later)
-        nbytes, seconds = layout(active.manifests[part.ns], leased.part, part.tokens).nbytes, time.monotonic() - began
-        self._ways.took(decodes, nbytes, seconds)
-        way = "decoded" if decodes else "hydrated"
-        self._counts.add("compacted_bytes", nbytes, way)
-        self._counts.add("compacted_seconds", seconds, way)
+        coded: list[tuple[LoadPart, LeasedPart]] = []
+        for part, leased in todo:
+            if leased.form == RAW:
+                self._fill(active, part, leased, later)
+            elif self._ways.decodes() or not self._hydrated(active, part, leased, later):
+                coded.append((part, leased))
+        groups = [coded[i : i + TOGETHER] for i in range(0, len(coded), TOGETHER)]
+        for group, ahead in itertools.zip_longest(groups, groups[1:], fillvalue=()):
+            for _, leased in ahead:  # the disk reads them while these are decoded
+                os.posix_fadvise(leased.fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            self._decode(active, group, later)
 
     def _fill(self, active: Active, part: LoadPart, leased: LeasedPart, later: contextlib.ExitStack) -> None:
+        """Bring a part in its raw form into the blocks."""
+        manifest, sums = active.manifests[part.ns], None
         try:
-            self._copy_part(active, part, leased)
+            with open_part(os.dup(leased.fd), manifest, part.key, leased.part) as file:
+                part.check(file.header.meta)
+                sums = None if leased.verified else file.header.sums
+                self._copy.load(file, manifest, active.table, *active.rows(part, leased.part), sums, active.token)
         except ChunkCorrupt as e:
             later.callback(self._report, part.ns, part.key, leased.part, e.reason)
             raise
-        if not leased.verified:
+        if sums is not None:
             later.callback(self._report, part.ns, part.key, leased.part, None)
 
-    def _copy_part(self, active: Active, part: LoadPart, leased: LeasedPart) -> None:
-        load, manifest, fd = active.load, active.manifests[part.ns], os.dup(leased.fd)
-        first = max(load.first[leased.part.kind] - part.position, 0)
-        last = min(load.n - part.position, part.tokens)
-        if leased.form == RAW:
-            with open_part(fd, manifest, part.key, leased.part) as file:
-                part.check(file.header.meta)
-                sums = None if leased.verified else file.header.sums
-                self._copy.load(file, manifest, active.table, first, last, sums, active.token)
-        else:
-            with open_coded(fd, manifest, part.key, leased.part) as coded:
-                part.check(coded.header.meta)
-                self._copy.decode(coded, manifest, active.table, first, last, active.token)
+    def _hydrated(self, active: Active, part: LoadPart, leased: LeasedPart, later: contextlib.ExitStack) -> bool:
+        """Have the store decode a part, and bring that into the blocks. False: there is no memory to hydrate it."""
+        began = time.monotonic()
+        try:
+            with self._client.lease(part.ns, [(part.key, leased.part)], timeout=self._stall) as hydrated:
+                self._fill(active, part, hydrated.parts[0], later)
+        except StoreBusy:
+            return False
+        self._count(active, [(part, leased)], False, time.monotonic() - began)
+        return True
+
+    def _decode(self, active: Active, group: Group, later: contextlib.ExitStack) -> None:
+        """Decode parts into the blocks."""
+        began = time.monotonic()
+        try:
+            with contextlib.ExitStack() as files:
+                rows: list[CodedRows] = []
+                for part, leased in group:
+                    manifest = active.manifests[part.ns]
+                    file = files.enter_context(open_coded(os.dup(leased.fd), manifest, part.key, leased.part))
+                    part.check(file.header.meta)
+                    rows.append((file, manifest, *active.rows(part, leased.part)))
+                self._copy.decode(rows, active.table, active.token)
+        except ChunkCorrupt as e:
+            for part, leased in group:
+                if e.name == f"{part.key.hex()}.{leased.part}":
+                    later.callback(self._report, part.ns, part.key, leased.part, e.reason)
+            raise
+        for part, leased in group:
+            if not leased.verified:
+                later.callback(self._report, part.ns, part.key, leased.part, None)
+        self._count(active, group, True, time.monotonic() - began)
+
+    def _count(self, active: Active, group: Group, decoded: bool, seconds: float) -> None:
+        nbytes = sum(layout(active.manifests[p.ns], leased.part, p.tokens).nbytes for p, leased in group)
+        self._ways.took(decoded, nbytes, seconds)
+        way = "decoded" if decoded else "hydrated"
+        self._counts.add("compacted_bytes", nbytes, way)
+        self._counts.add("compacted_seconds", seconds, way)
 
     def _report(self, ns: bytes, key: bytes, where: PartId, reason: str | None) -> None:
         try:

@@ -24,6 +24,9 @@ __all__ = ["Greeting", "WorkerHalf"]
 
 LAST_WRITES = 5.0
 """Seconds an engine's end waits for what is on its way to the store."""
+BRIEF = 0.02
+"""Seconds that an idle step waits for loads. vLLM would ask again and again, by a thread that never sleeps: it takes
+the interpreter from those that load, and may lose its core while it has it."""
 
 
 @dataclass
@@ -70,10 +73,12 @@ class WorkerHalf:
         self.saver = self.saver_class(client, self.kv, self.copy, counts, settings.staging_bytes)
         self._manifests: dict[bytes, Manifest] = {}
         self._held: set[str] = set()
+        self._idle = False
 
     def begin(self, jobs: StepJobs) -> None:
         """A step begins."""
         self._held |= jobs.held
+        self._idle = jobs.idle
         for manifest in jobs.manifests:
             self._manifests[manifest.ns] = manifest
 
@@ -93,7 +98,7 @@ class WorkerHalf:
     def results(self) -> tuple[set[str], set[str], set[str]]:
         """Requests whose blocks may go, requests whose loads have ended, and those of them that failed."""
         held, self._held = self._held, set()
-        return held, *self.loader.take()
+        return held, *self.loader.take(BRIEF if self._idle and not held else 0.0)
 
     def close(self) -> None:
         """End the threads; what is gathered is still written, if the store takes it soon."""

@@ -21,6 +21,7 @@ All of them raise ValueError for arrays or values that make no sense, and IndexE
 its table, before anything is written.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias, final
 
 import numpy as np
@@ -141,4 +142,20 @@ def codec_decode(
 
     Returns None, or the index of the first damaged stream and what is wrong with it: truncated, parameters, exceptions,
     words or states. Whatever `coded` holds, nothing outside it is read and nothing outside the streams' places written.
+    """
+
+CodedArguments: TypeAlias = tuple[int, int, Integers, Bytes, Integers, Bytes | None, Integers, Integers, int, int, int]
+"""A coded part file for load_coded(): fd, start, bounds, sums, shape, turns, streams, ops, first, last, position.
+
+start: where the streams begin in the file. bounds: layers + 1 offsets from there. sums: one u64 for the streams of each
+layer. shape, turns, streams: as codec_decode() has them, in the order of layers and heads, the streams relative to
+start and their places to the data of the raw form. ops: the tensors of each layer, file_off relative to that data too.
+"""
+
+def load_coded(parts: Sequence[CodedArguments], tables: Integers, token: CancelToken) -> int:
+    """As load(), from coded part files, one after the other: layer by layer, so that the first is in its blocks before
+    the last is read. The streams of a layer are verified before any of them is decoded.
+
+    Raises `ValueError("checksum", layer, 0, part)` or `ValueError("stream", layer, head, part, reason)` for the first
+    that is bad, `part` counted in `parts`; else as load(). What comes before it has been written.
     """

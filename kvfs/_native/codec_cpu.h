@@ -1,7 +1,7 @@
 /* What the C files of the codec share beside the bitstream.
  *   codec_tables.c  the tables as coders use them      codec_rope.c    cosines and sines that every host agrees on
  *   codec_encode.c  one stream from KV                 codec_decode.c  one stream to KV
- *   codec_py.c      the functions for Python
+ *   codec_py.c      the functions for Python       codec_load.c    from a coded part file into paged KV
  * codec_decode_isa.h and codec_encode_isa.h are the kernels, compiled once for each instruction set. */
 #ifndef KVFS_CODEC_CPU_H
 #define KVFS_CODEC_CPU_H
@@ -42,9 +42,32 @@ uint64_t codec_bound(const CodecShape *shape); /* the most bytes a stream can ta
 uint64_t codec_encode(const CodecShape *shape, const int32_t *log_step, const char *const *in, const float *rotation,
                       CodecScratch *scratch, uint8_t *out);
 
-/* codec_py.c */
+/* codec_py.c: which streams there are, as Python says it, checked. */
+typedef struct {
+    CodecShape shape;
+    Py_buffer rotation; /* obj is NULL: none */
+    int64_t *rows;      /* [n, columns], a private copy; the last columns are offsets of the sections in memory */
+    Py_ssize_t n, columns;
+} CodecStreams;
+enum { CODEC_DECODE_COLUMNS = 3 }; /* before the offsets: where a stream starts, its size, whether RoPE turns it */
+/* The sections of all streams lie inside nbytes at base. -1 with an exception set, and nothing to free. */
+int codec_streams(CodecStreams *streams, PyObject *shape, PyObject *rotation, PyObject *array, Py_ssize_t columns,
+                  const void *base, int64_t nbytes);
+void codec_streams_free(CodecStreams *streams);
+const char *codec_reason(int error);
+
+/* Bytes from the first element of a section to its last. */
+static inline int64_t codec_extent(const CodecShape *shape, int32_t i)
+{
+    const CodecSection *section = &shape->section[i];
+    return ((int64_t)(shape->tokens - 1) * section->pitch + section->channels) * shape->bytes;
+}
+
 PyObject *py_codec_rotation(PyObject *self, PyObject *args);
 PyObject *py_codec_encode(PyObject *self, PyObject *args);
 PyObject *py_codec_decode(PyObject *self, PyObject *args);
+
+/* codec_load.c */
+PyObject *py_load_coded(PyObject *self, PyObject *args, PyObject *kwargs);
 
 #endif

@@ -3,19 +3,11 @@
 
 #include <stdlib.h>
 
-enum { SHAPE_HEAD = 4, SHAPE_SECTION = 6, COLUMNS_ENCODE = 1, COLUMNS_DECODE = 3 };
+enum { SHAPE_HEAD = 4, SHAPE_SECTION = 6, COLUMNS_ENCODE = 1 };
 
 static const struct {
     int32_t bytes, exponent, fraction;
 } DTYPES[] = {{2, 8, 7}, {2, 5, 10}, {1, 4, 3}, {1, 5, 2}, {4, 8, 23}}; /* BF16 F16 F8_E4M3 F8_E5M2 F32 */
-
-/* What the calls for streams share. */
-typedef struct {
-    CodecShape shape;
-    Py_buffer rotation; /* obj is NULL: none */
-    int64_t *streams;   /* a private copy */
-    Py_ssize_t n, columns;
-} Job;
 
 static int refuse(const char *why)
 {
@@ -64,54 +56,62 @@ static int shape_of(PyObject *array, CodecShape *shape)
 }
 
 /* Rows of a section from `offset` on, inside nbytes at `base` and aligned to elements. */
-static bool section_fits(const CodecShape *shape, int32_t i, int64_t offset, const Py_buffer *memory)
+static bool section_fits(const CodecShape *shape, int32_t i, int64_t offset, const void *base, int64_t nbytes)
 {
-    const CodecSection *section = &shape->section[i];
-    const int64_t extent = ((int64_t)(shape->tokens - 1) * section->pitch + section->channels) * shape->bytes;
-    return offset >= 0 && offset <= memory->len - extent && ((uintptr_t)memory->buf + (uintptr_t)offset) % (unsigned)shape->bytes == 0;
+    return offset >= 0 && offset <= nbytes - codec_extent(shape, i)
+        && ((uintptr_t)base + (uintptr_t)offset) % (unsigned)shape->bytes == 0;
 }
 
-static void job_end(Job *job)
+void codec_streams_free(CodecStreams *streams)
 {
-    free(job->streams);
-    if (job->rotation.obj)
-        PyBuffer_Release(&job->rotation);
+    free(streams->rows);
+    streams->rows = NULL;
+    if (streams->rotation.obj)
+        PyBuffer_Release(&streams->rotation);
 }
 
-/* streams: int64 [n, columns + sections]; the last columns are offsets into `memory`. */
-static int job_begin(Job *job, PyObject *shape, PyObject *rotation, PyObject *streams, Py_ssize_t columns,
-                     const Py_buffer *memory)
+static int streams_fill(CodecStreams *streams, PyObject *shape, PyObject *rotation, PyObject *array,
+                        Py_ssize_t columns, const void *base, int64_t nbytes)
 {
     Py_buffer view;
 
-    *job = (Job){0};
-    if (shape_of(shape, &job->shape) < 0)
+    if (shape_of(shape, &streams->shape) < 0)
         return -1;
     if (rotation != Py_None) {
-        if (PyObject_GetBuffer(rotation, &job->rotation, PyBUF_SIMPLE) < 0)
+        if (PyObject_GetBuffer(rotation, &streams->rotation, PyBUF_SIMPLE) < 0)
             return -1;
-        for (int32_t i = 0; i < job->shape.sections; i++) {
-            const int64_t pairs = job->shape.section[i].rope_pairs;
-            if ((uintptr_t)job->rotation.buf % sizeof(float) != 0
-                || (pairs && job->rotation.len != (int64_t)sizeof(float) * 2 * pairs * job->shape.tokens))
+        for (int32_t i = 0; i < streams->shape.sections; i++) {
+            const int64_t pairs = streams->shape.section[i].rope_pairs;
+            if ((uintptr_t)streams->rotation.buf % sizeof(float) != 0
+                || (pairs && streams->rotation.len != (int64_t)sizeof(float) * 2 * pairs * streams->shape.tokens))
                 return refuse("rotation must hold float32 [tokens, 2, pairs]");
         }
     }
-    if (int64_view(streams, 2, "streams", &view) < 0)
+    if (int64_view(array, 2, "streams", &view) < 0)
         return -1;
-    job->n = view.shape[0];
-    job->columns = columns + job->shape.sections;
-    job->streams = view.shape[1] == job->columns ? malloc((size_t)view.len + 1) : NULL;
-    if (job->streams)
-        memcpy(job->streams, view.buf, (size_t)view.len);
+    streams->n = view.shape[0];
+    streams->columns = columns + streams->shape.sections;
+    streams->rows = view.shape[1] == streams->columns ? malloc((size_t)view.len + 1) : NULL;
+    if (streams->rows)
+        memcpy(streams->rows, view.buf, (size_t)view.len);
     else
         refuse("streams does not have the columns of this shape");
     PyBuffer_Release(&view);
-    for (Py_ssize_t i = 0; job->streams && i < job->n; i++)
-        for (int32_t s = 0; s < job->shape.sections; s++)
-            if (!section_fits(&job->shape, s, job->streams[i * job->columns + columns + s], memory))
+    for (Py_ssize_t i = 0; streams->rows && i < streams->n; i++)
+        for (int32_t s = 0; s < streams->shape.sections; s++)
+            if (!section_fits(&streams->shape, s, streams->rows[i * streams->columns + columns + s], base, nbytes))
                 return refuse("a stream's rows lie outside the memory, or not at a multiple of their element size");
-    return job->streams ? 0 : -1;
+    return streams->rows ? 0 : -1;
+}
+
+int codec_streams(CodecStreams *streams, PyObject *shape, PyObject *rotation, PyObject *array, Py_ssize_t columns,
+                  const void *base, int64_t nbytes)
+{
+    *streams = (CodecStreams){0};
+    const int rc = streams_fill(streams, shape, rotation, array, columns, base, nbytes);
+    if (rc < 0)
+        codec_streams_free(streams);
+    return rc;
 }
 
 PyObject *py_codec_rotation(PyObject *Py_UNUSED(self), PyObject *args)
@@ -139,21 +139,21 @@ PyObject *py_codec_rotation(PyObject *Py_UNUSED(self), PyObject *args)
 }
 
 /* A list of streams; None if one cannot be coded with loss; NULL with an exception set. */
-static PyObject *encode_streams(Job *job, const int32_t *log_step, const Py_buffer *src)
+static PyObject *encode_streams(CodecStreams *streams, const int32_t *log_step, const Py_buffer *src)
 {
-    CodecScratch *scratch = codec_scratch(&job->shape);
-    uint8_t *out = malloc(codec_bound(&job->shape));
+    CodecScratch *scratch = codec_scratch(&streams->shape);
+    uint8_t *out = malloc(codec_bound(&streams->shape));
     PyObject *list = scratch && out ? PyList_New(0) : PyErr_NoMemory();
 
-    for (Py_ssize_t i = 0; list && i < job->n; i++) {
-        const int64_t *row = job->streams + i * job->columns;
-        const float *rotation = row[0] ? job->rotation.buf : NULL;
+    for (Py_ssize_t i = 0; list && i < streams->n; i++) {
+        const int64_t *row = streams->rows + i * streams->columns;
+        const float *rotation = row[0] ? streams->rotation.buf : NULL;
         const char *in[CODEC_MAX_SECTIONS];
         uint64_t size;
-        for (int32_t s = 0; s < job->shape.sections; s++)
+        for (int32_t s = 0; s < streams->shape.sections; s++)
             in[s] = (const char *)src->buf + row[COLUMNS_ENCODE + s];
         Py_BEGIN_ALLOW_THREADS
-        size = codec_encode(&job->shape, log_step, in, rotation, scratch, out);
+        size = codec_encode(&streams->shape, log_step, in, rotation, scratch, out);
         Py_END_ALLOW_THREADS
         if (!size) {
             Py_SETREF(list, Py_NewRef(Py_None));
@@ -172,59 +172,68 @@ static PyObject *encode_streams(Job *job, const int32_t *log_step, const Py_buff
 
 PyObject *py_codec_encode(PyObject *Py_UNUSED(self), PyObject *args)
 {
-    PyObject *shape, *rotation, *streams, *result = NULL;
+    PyObject *shape, *rotation, *places, *result = NULL;
     int steps[CODEC_MAX_SECTIONS];
+    CodecStreams streams;
     Py_buffer src;
-    Job job;
 
-    if (!PyArg_ParseTuple(args, "O(ii)Oy*O:codec_encode", &shape, &steps[0], &steps[1], &rotation, &src, &streams))
+    if (!PyArg_ParseTuple(args, "O(ii)Oy*O:codec_encode", &shape, &steps[0], &steps[1], &rotation, &src, &places))
         return NULL;
     if (abs(steps[0]) > 8192 || abs(steps[1]) > 8192)
         refuse("a step of more than 2^32 or less than 2^-32");
-    else {
-        if (job_begin(&job, shape, rotation, streams, COLUMNS_ENCODE, &src) == 0)
-            result = encode_streams(&job, steps, &src);
-        job_end(&job);
+    else if (codec_streams(&streams, shape, rotation, places, COLUMNS_ENCODE, src.buf, src.len) == 0) {
+        result = encode_streams(&streams, steps, &src);
+        codec_streams_free(&streams);
     }
     PyBuffer_Release(&src);
     return result;
 }
 
-PyObject *py_codec_decode(PyObject *Py_UNUSED(self), PyObject *args)
+const char *codec_reason(int error)
 {
     static const char *const REASONS[] = {NULL, "truncated", "parameters", "exceptions", "words", "states"};
-    PyObject *shape, *rotation, *streams, *result = NULL;
-    Py_buffer coded, dst;
-    Job job;
+    return REASONS[error];
+}
 
-    if (!PyArg_ParseTuple(args, "OOy*w*O:codec_decode", &shape, &rotation, &coded, &dst, &streams))
-        return NULL;
-    bool good = job_begin(&job, shape, rotation, streams, COLUMNS_DECODE, &dst) == 0;
-    CodecJob *jobs = good ? malloc(sizeof *jobs * (size_t)job.n + 1) : NULL;
-    if (good && !jobs)
-        PyErr_NoMemory();
-    good = jobs != NULL;
-    for (Py_ssize_t i = 0; good && i < job.n; i++) {
-        const int64_t *row = job.streams + i * job.columns;
-        good = row[0] >= 0 && row[1] >= 0 && row[0] <= coded.len && row[1] <= coded.len - row[0];
-        if (!good) {
+static PyObject *decode_streams(const CodecStreams *streams, const Py_buffer *coded, const Py_buffer *dst)
+{
+    CodecJob *jobs = malloc(sizeof *jobs * (size_t)streams->n + 1);
+    int64_t bad;
+    int error = CODEC_OK;
+
+    if (!jobs)
+        return PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < streams->n; i++) {
+        const int64_t *row = streams->rows + i * streams->columns;
+        if (row[0] < 0 || row[1] < 0 || row[0] > coded->len || row[1] > coded->len - row[0]) {
             refuse("a stream lies outside the coded data");
-            break;
+            free(jobs);
+            return NULL;
         }
-        jobs[i] = (CodecJob){(const uint8_t *)coded.buf + row[0], (uint64_t)row[1], row[2] ? job.rotation.buf : NULL, {0}};
-        for (int32_t s = 0; s < job.shape.sections; s++)
-            jobs[i].out[s] = (char *)dst.buf + row[COLUMNS_DECODE + s];
+        jobs[i] = (CodecJob){(const uint8_t *)coded->buf + row[0], (uint64_t)row[1],
+                             row[2] ? streams->rotation.buf : NULL, {0}};
+        for (int32_t s = 0; s < streams->shape.sections; s++)
+            jobs[i].out[s] = (char *)dst->buf + row[CODEC_DECODE_COLUMNS + s];
     }
-    if (good) {
-        int64_t bad;
-        int error = CODEC_OK;
-        Py_BEGIN_ALLOW_THREADS
-        bad = codec_decode(&job.shape, jobs, job.n, &error);
-        Py_END_ALLOW_THREADS
-        result = bad < job.n ? Py_BuildValue("Ls", (long long)bad, REASONS[error]) : Py_NewRef(Py_None);
-    }
+    Py_BEGIN_ALLOW_THREADS
+    bad = codec_decode(&streams->shape, jobs, streams->n, &error);
+    Py_END_ALLOW_THREADS
     free(jobs);
-    job_end(&job);
+    return bad < streams->n ? Py_BuildValue("Ls", (long long)bad, codec_reason(error)) : Py_NewRef(Py_None);
+}
+
+PyObject *py_codec_decode(PyObject *Py_UNUSED(self), PyObject *args)
+{
+    PyObject *shape, *rotation, *array, *result = NULL;
+    Py_buffer coded, dst;
+    CodecStreams streams;
+
+    if (!PyArg_ParseTuple(args, "OOy*w*O:codec_decode", &shape, &rotation, &coded, &dst, &array))
+        return NULL;
+    if (codec_streams(&streams, shape, rotation, array, CODEC_DECODE_COLUMNS, dst.buf, dst.len) == 0) {
+        result = decode_streams(&streams, &coded, &dst);
+        codec_streams_free(&streams);
+    }
     PyBuffer_Release(&coded);
     PyBuffer_Release(&dst);
     return result;

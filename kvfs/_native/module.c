@@ -20,6 +20,8 @@ static PyMethodDef methods[] = {
      "codec_encode($module, shape, steps, turns, data, places, /)\n--\n\nStreams from KV."},
     {"codec_decode", py_codec_decode, METH_VARARGS,
      "codec_decode($module, shape, turns, coded, data, streams, /)\n--\n\nStreams to KV."},
+    {"load_coded", KEYWORDS(py_load_coded),
+     "load_coded($module, parts, tables, token)\n--\n\nCoded part files' rows into paged KV."},
     {"isa", py_isa, METH_NOARGS, "isa($module, /)\n--\n\nThe instruction set in use."},
     {"use_isa", py_use_isa, METH_O, "use_isa($module, name, /)\n--\n\nUse another of ISAS."},
     {0},

@@ -2,7 +2,7 @@
  *
  * load() works in pieces: read into a buffer of its own thread (this may block, and only this may), verify, then
  * enter the token and scatter. So a hung volume holds no lock, and a cancelled load writes nothing more. */
-#include "native.h"
+#include "transfer.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -10,27 +10,6 @@
 #include <unistd.h>
 
 enum { PAGE = 4096, BOUNCE_BYTES = 4 << 20 }; /* a piece is at most this, unless one head to verify is larger */
-
-typedef struct {
-    char *data;
-    int64_t capacity;
-} Bounce;
-
-typedef struct {
-    enum { DONE, CANCELLED, NO_MEMORY, READ_ERROR, BAD_SUM } outcome;
-    int error; /* errno of READ_ERROR */
-    int64_t op, head; /* of BAD_SUM */
-    int64_t moved;
-} Result;
-
-typedef struct {
-    int fd;
-    const Plan *plan;
-    const char *sums; /* u64 for every (op, head) in order, unaligned; NULL: do not verify */
-    Token *token;
-    Bounce *bounce;
-    Result result;
-} Load;
 
 static pthread_key_t bounce_key; /* frees a thread's bounce buffer when the thread ends */
 static pthread_once_t bounce_once = PTHREAD_ONCE_INIT;
@@ -60,8 +39,30 @@ static Bounce *bounce_of_thread(void)
     return bounce;
 }
 
-static bool bounce_reserve(Bounce *bounce, int64_t nbytes)
+bool load_stop(Load *load, int outcome)
 {
+    load->result.outcome = outcome;
+    return false;
+}
+
+bool load_begin(Load *load)
+{
+    load->bounce = bounce_of_thread();
+    return load->bounce || load_stop(load, LOAD_NO_MEMORY);
+}
+
+void load_end(Load *load)
+{
+    if (load->bounce && load->bounce->capacity > BOUNCE_BYTES) {
+        free(load->bounce->data);
+        *load->bounce = (Bounce){0};
+    }
+}
+
+bool load_reserve(Load *load, int64_t nbytes)
+{
+    Bounce *bounce = load->bounce;
+
     if (bounce->capacity >= nbytes)
         return true;
     free(bounce->data);
@@ -69,16 +70,10 @@ static bool bounce_reserve(Bounce *bounce, int64_t nbytes)
     bounce->data = aligned_alloc(PAGE, (size_t)bounce->capacity); /* takes memory as it is touched */
     if (!bounce->data)
         bounce->capacity = 0;
-    return bounce->data != NULL;
+    return bounce->data || load_stop(load, LOAD_NO_MEMORY);
 }
 
-static bool stop(Load *load, int outcome)
-{
-    load->result.outcome = outcome;
-    return false;
-}
-
-static bool read_exactly(Load *load, char *buf, int64_t nbytes, int64_t offset)
+bool load_read(Load *load, char *buf, int64_t nbytes, int64_t offset)
 {
     while (nbytes > 0) {
         ssize_t got = pread(load->fd, buf, (size_t)nbytes, offset);
@@ -86,7 +81,7 @@ static bool read_exactly(Load *load, char *buf, int64_t nbytes, int64_t offset)
             continue;
         if (got <= 0) {
             load->result.error = got < 0 ? errno : EIO; /* the end of the file: it was cut short */
-            return stop(load, READ_ERROR);
+            return load_stop(load, LOAD_READ_ERROR);
         }
         buf += got;
         offset += got;
@@ -95,17 +90,60 @@ static bool read_exactly(Load *load, char *buf, int64_t nbytes, int64_t offset)
     return true;
 }
 
+bool load_scatter(Load *load, const Op *op, Piece piece, const char *src, int64_t head_pitch)
+{
+    if (!token_enter(load->token))
+        return load_stop(load, LOAD_CANCELLED);
+    int64_t moved = plan_scatter(load->plan, op, piece, src, head_pitch);
+    token_progress(load->token, moved);
+    token_leave(load->token);
+    load->result.moved += moved;
+    return true;
+}
+
+PyObject *load_failed(const Result *result, Py_ssize_t part)
+{
+    PyObject *args = NULL;
+
+    switch (result->outcome) {
+    case LOAD_CANCELLED:
+        PyErr_SetString(PyExc_InterruptedError, "cancelled");
+        return NULL;
+    case LOAD_READ_ERROR:
+        errno = result->error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    case LOAD_BAD_SUM:
+        args = Py_BuildValue(part < 0 ? "(sLL)" : "(sLLn)", "checksum", (long long)result->index,
+                             (long long)result->head, part);
+        break;
+    case LOAD_BAD_STREAM:
+        args = Py_BuildValue("(sLLns)", "stream", (long long)result->index, (long long)result->head, part, result->why);
+        break;
+    default:
+        return PyErr_NoMemory();
+    }
+    if (args)
+        PyErr_SetObject(PyExc_ValueError, args);
+    Py_XDECREF(args);
+    return NULL;
+}
+
+static PyObject *load_result(const Result *result)
+{
+    return result->outcome == LOAD_DONE ? PyLong_FromLongLong(result->moved) : load_failed(result, -1);
+}
+
 /* Heads of a piece lie head_pitch bytes apart in the buffer, as they do in the file if their rows are all read. */
 static bool read_piece(Load *load, const Op *op, Piece piece, int64_t head_pitch)
 {
     int64_t offset = op->file_off + piece.head * op->head_bytes + piece.first * op->row_bytes;
 
-    if (!bounce_reserve(load->bounce, piece.heads * head_pitch))
-        return stop(load, NO_MEMORY);
+    if (!load_reserve(load, piece.heads * head_pitch))
+        return false;
     if (head_pitch == op->head_bytes)
-        return read_exactly(load, load->bounce->data, piece.heads * head_pitch, offset);
+        return load_read(load, load->bounce->data, piece.heads * head_pitch, offset);
     for (int64_t h = 0; h < piece.heads; h++)
-        if (!read_exactly(load, load->bounce->data + h * head_pitch, head_pitch, offset + h * op->head_bytes))
+        if (!load_read(load, load->bounce->data + h * head_pitch, head_pitch, offset + h * op->head_bytes))
             return false;
     return true;
 }
@@ -116,22 +154,11 @@ static bool verify_heads(Load *load, const Op *op, Piece piece, const char *sums
         uint64_t want;
         memcpy(&want, sums + (piece.head + h) * (int64_t)sizeof want, sizeof want);
         if (xxh3_64(load->bounce->data + h * op->head_bytes, (size_t)op->head_bytes) != want) {
-            load->result.op = op - load->plan->ops;
+            load->result.index = op - load->plan->ops;
             load->result.head = piece.head + h;
-            return stop(load, BAD_SUM);
+            return load_stop(load, LOAD_BAD_SUM);
         }
     }
-    return true;
-}
-
-static bool scatter_piece(Load *load, const Op *op, Piece piece, const char *src, int64_t head_pitch)
-{
-    if (!token_enter(load->token))
-        return stop(load, CANCELLED);
-    int64_t moved = plan_scatter(load->plan, op, piece, src, head_pitch);
-    token_progress(load->token, moved);
-    token_leave(load->token);
-    load->result.moved += moved;
     return true;
 }
 
@@ -149,11 +176,11 @@ static bool load_verified(Load *load, const Op *op, const char *sums)
         Piece whole = {head, clamp(op->heads - head, 1, step), 0, op->tokens};
         Piece wanted = {whole.head, whole.heads, load->plan->first, load->plan->last};
         if (token_cancelled(load->token))
-            return stop(load, CANCELLED);
+            return load_stop(load, LOAD_CANCELLED);
         if (!read_piece(load, op, whole, op->head_bytes) || !verify_heads(load, op, whole, sums))
             return false;
         const char *src = load->bounce->data + wanted.first * op->row_bytes;
-        if (!scatter_piece(load, op, wanted, src, op->head_bytes))
+        if (!load_scatter(load, op, wanted, src, op->head_bytes))
             return false;
     }
     return true;
@@ -171,57 +198,27 @@ static bool load_rows(Load *load, const Op *op)
             Piece piece = {head, clamp(op->heads - head, 1, step), row, clamp(row + rows, row, last)};
             head_pitch = (piece.last - piece.first) * op->row_bytes;
             if (token_cancelled(load->token))
-                return stop(load, CANCELLED);
+                return load_stop(load, LOAD_CANCELLED);
             if (!read_piece(load, op, piece, head_pitch) ||
-                !scatter_piece(load, op, piece, load->bounce->data, head_pitch))
+                !load_scatter(load, op, piece, load->bounce->data, head_pitch))
                 return false;
         }
     return true;
 }
 
-static void load_run(Load *load)
+static void load_run(Load *load, const char *sums)
 {
     const Plan *plan = load->plan;
-    const char *sums = load->sums;
 
-    load->bounce = bounce_of_thread();
-    if (!load->bounce) {
-        stop(load, NO_MEMORY);
+    if (!load_begin(load))
         return;
-    }
     for (const Op *op = plan->ops; plan->first < plan->last && op < plan->ops + plan->n_ops; op++) {
         if (!(sums ? load_verified(load, op, sums) : load_rows(load, op)))
             break;
         if (sums)
             sums += op->heads * (int64_t)sizeof(uint64_t);
     }
-    if (load->bounce->capacity > BOUNCE_BYTES) {
-        free(load->bounce->data);
-        *load->bounce = (Bounce){0};
-    }
-}
-
-static PyObject *result_to_python(const Result *result)
-{
-    switch (result->outcome) {
-    case DONE:
-        return PyLong_FromLongLong(result->moved);
-    case CANCELLED:
-        PyErr_SetString(PyExc_InterruptedError, "cancelled");
-        return NULL;
-    case NO_MEMORY:
-        return PyErr_NoMemory();
-    case READ_ERROR:
-        errno = result->error;
-        return PyErr_SetFromErrno(PyExc_OSError);
-    case BAD_SUM:
-        break;
-    }
-    PyObject *args = Py_BuildValue("(sLL)", "checksum", (long long)result->op, (long long)result->head);
-    if (args)
-        PyErr_SetObject(PyExc_ValueError, args);
-    Py_XDECREF(args);
-    return NULL;
+    load_end(load);
 }
 
 static int check_sums(const Plan *plan, Py_ssize_t nbytes)
@@ -250,12 +247,11 @@ PyObject *py_load(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kwargs)
                                      &position, &sums, &TokenType, &load.token))
         return NULL;
     if (plan_init(&plan, ops, tables, first, last, position, true) == 0) {
-        load.sums = sums.buf;
         if (!sums.buf || check_sums(&plan, sums.len) == 0) {
             Py_BEGIN_ALLOW_THREADS
-            load_run(&load);
+            load_run(&load, sums.buf);
             Py_END_ALLOW_THREADS
-            result = result_to_python(&load.result);
+            result = load_result(&load.result);
         }
         plan_free(&plan);
     }
@@ -282,11 +278,11 @@ PyObject *py_scatter(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kwargs
             for (const Op *op = plan.ops; first < last && op < plan.ops + plan.n_ops; op++) {
                 Piece piece = {0, op->heads, first, last};
                 const char *rows = (const char *)src.buf + op->file_off + first * op->row_bytes;
-                if (!scatter_piece(&load, op, piece, rows, op->head_bytes))
+                if (!load_scatter(&load, op, piece, rows, op->head_bytes))
                     break;
             }
             Py_END_ALLOW_THREADS
-            result = result_to_python(&load.result);
+            result = load_result(&load.result);
         }
         plan_free(&plan);
     }

@@ -5,7 +5,7 @@ import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,17 +68,10 @@ class Index:
         """Of the raw form."""
         return _layout(self.shape, self.latent, self.heads, self.layers)
 
-    @cached_property
+    @property
     def places(self) -> npt.NDArray[np.int64]:
         """For each stream, whether RoPE turns it, and the offsets of its sections in the raw data."""
-        pieces = self.layout.bounds[:-1]
-        if self.latent:
-            inside = np.cumsum([0, *(s.channels for s in self.shape.sections[:-1])]) * DTYPES[self.shape.dtype][0]
-            starts = pieces[:, None] + inside
-        else:
-            starts = pieces.reshape(-1, 2, self.heads).transpose(0, 2, 1).reshape(-1, 2)
-        turned = np.repeat([i in self.turned for i in self.layers], self.heads)
-        return np.ascontiguousarray(np.column_stack([turned, starts]), np.int64)
+        return _places(self.shape, self.latent, self.heads, self.layers, self.turned)
 
     @cached_property
     def bounds(self) -> npt.NDArray[np.int64]:
@@ -100,19 +93,12 @@ class Index:
 
     def turns(self, position: int) -> bytearray | None:
         """Cosines and sines for the tokens of a part at ``position``, as the native codec takes them."""
-        return _native.codec_rotation(self.inv_freq, position, self.shape.tokens) if len(self.inv_freq) else None
+        return _turns(self.inv_freq.tobytes(), position, self.shape.tokens) if len(self.inv_freq) else None
 
     def pack(self) -> bytes:
         """As bytes, a multiple of LAYER_ALIGNMENT."""
-        s = self.shape
-        counts = (self.heads, s.raw_tokens, len(s.sections), len(self.layers), len(self.inv_freq), 0)
-        block = _HEAD.pack(VERSION, list(DTYPES).index(s.dtype), *counts)
-        for x in s.sections:
-            block += _SECTION.pack(x.kind, x.channels, x.rope_first, x.rope_pairs, x.style, 0)
-        numbers = [i | (_TURNED if i in self.turned else 0) for i in self.layers]
-        block += (
-            np.array(numbers, np.uint32).tobytes() + self.inv_freq.tobytes() + self.sizes.astype(np.uint32).tobytes()
-        )
+        block = _pack_frame(self.shape, self.heads, self.layers, self.turned, self.inv_freq)
+        block += self.sizes.astype(np.uint32).tobytes()
         block += bytes(-len(block) % 8) + self.layer_sums + self.sums
         return block + bytes(-len(block) % LAYER_ALIGNMENT)
 
@@ -121,46 +107,86 @@ class Index:
         """The reverse; ValueError for anything that `pack` does not write."""
         if len(block) < _HEAD.size:
             raise ValueError("too short")
-        version, dtype, heads, raw, n_sections, n_layers, pairs, zero = _HEAD.unpack_from(block)
-        if (version, zero) != (VERSION, 0) or dtype >= len(DTYPES) or not 0 < heads <= MAX_HEADS:
-            raise ValueError(f"version {version}, dtype {dtype}, {heads} heads")
-        if not (0 < n_layers <= MAX_LAYERS and 1 <= n_sections <= 2 and raw <= SINK) or (latent and heads != 1):
-            raise ValueError(f"{n_layers} layers, {n_sections} sections, {raw} raw tokens, {heads} heads")
-        at = _HEAD.size
+        _, _, heads, _, n_sections, n_layers, pairs, _ = _HEAD.unpack_from(block)
+        if not (0 < heads <= MAX_HEADS and 0 < n_layers <= MAX_LAYERS and 1 <= n_sections <= 2 and pairs < len(block)):
+            raise ValueError(f"{n_layers} layers, {n_sections} sections, {heads} heads, {pairs} pairs of RoPE")
+        split = _HEAD.size + _SECTION.size * n_sections + 4 * n_layers + 4 * pairs
+        ends = split, split + 4 * n_layers * heads
+        sums = ends[1] + -ends[1] % 8
+        end = sums + 8 * n_layers + 8 * n_layers * heads * (1 if latent else 2)
+        if len(block) != end + -end % LAYER_ALIGNMENT or any(block[ends[1] : sums]) or any(block[end:]):
+            raise ValueError("not the size that its numbers make")
+        shape, layers, turned, inv_freq = _frame(block[:split], lossless, latent, tokens)
+        sizes = np.frombuffer(block, np.uint32, n_layers * heads, split).astype(np.int64)
+        middle = sums + 8 * n_layers
+        return cls(shape, latent, heads, layers, turned, inv_freq, sizes, block[sums:middle], block[middle:end])
 
-        def take(dtype: npt.DTypeLike, count: int) -> npt.NDArray[Any]:
-            nonlocal at
-            at += count * np.dtype(dtype).itemsize
-            if at > len(block):
-                raise ValueError("too short")
-            return np.frombuffer(block, dtype, count, at - count * np.dtype(dtype).itemsize)
 
-        fields = take(np.uint32, 6 * n_sections).reshape(-1, 6).tolist()
-        width = sum(f[1] for f in fields)
-        sections = tuple(
-            Section(Kind(k), n, width if latent else n, first, p, Style(st)) for k, n, first, p, st, _ in fields
-        )
-        shape = Shape(lossless, list(DTYPES)[dtype], tokens, raw, sections)
-        if not shape.codable or any(
-            s.rope_first + 2 * s.rope_pairs > s.channels or s.rope_pairs not in (0, pairs) for s in sections
-        ):
-            raise ValueError("a shape that cannot be coded")
-        numbers = take(np.uint32, n_layers).astype(np.int64)
-        layers = tuple((numbers & ~_TURNED).tolist())
-        turned = frozenset((numbers[numbers >= _TURNED] & ~_TURNED).tolist())
-        if list(layers) != sorted(set(layers)) or layers[-1] > 9999 or (turned and not pairs):
-            raise ValueError("layers are not in order, or turned by nothing")
-        inv_freq = take(np.float32, pairs)
-        if not ((inv_freq > 0) & (inv_freq <= MAX_FREQUENCY)).all():
-            raise ValueError("frequencies of RoPE out of range")
-        sizes = take(np.uint32, n_layers * heads).astype(np.int64)
-        take(np.uint8, -at % 8)
-        layer_sums = take(np.uint8, 8 * n_layers).tobytes()
-        sums = take(np.uint8, 8 * n_layers * heads * (1 if latent else 2)).tobytes()
-        index = cls(shape, latent, heads, layers, turned, inv_freq, sizes, layer_sums, sums)
-        if index.layout.nbytes > MAX_DATA or index.pack() != block:
-            raise ValueError("not the index that its numbers make")
-        return index
+def _pack_frame(
+    shape: Shape, heads: int, layers: tuple[int, ...], turned: frozenset[int], inv_freq: npt.NDArray[np.float32]
+) -> bytes:
+    """What all parts of one kind and length have in common."""
+    counts = (heads, shape.raw_tokens, len(shape.sections), len(layers), len(inv_freq), 0)
+    block = _HEAD.pack(VERSION, list(DTYPES).index(shape.dtype), *counts)
+    for x in shape.sections:
+        block += _SECTION.pack(x.kind, x.channels, x.rope_first, x.rope_pairs, x.style, 0)
+    numbers = [i | (_TURNED if i in turned else 0) for i in layers]
+    return block + np.array(numbers, np.uint32).tobytes() + inv_freq.tobytes()
+
+
+@functools.lru_cache(maxsize=256)
+def _frame(
+    block: bytes, lossless: bool, latent: bool, tokens: int
+) -> tuple[Shape, tuple[int, ...], frozenset[int], npt.NDArray[np.float32]]:
+    """The reverse, of as many bytes as its numbers of sections, layers and pairs make."""
+    version, dtype, heads, raw, n_sections, n_layers, pairs, _ = _HEAD.unpack_from(block)
+    if version != VERSION or dtype >= len(DTYPES) or raw > SINK or (latent and heads != 1):
+        raise ValueError(f"version {version}, dtype {dtype}, {raw} raw tokens, {heads} heads")
+    fields = [_SECTION.unpack_from(block, _HEAD.size + _SECTION.size * i) for i in range(n_sections)]
+    width = sum(f[1] for f in fields)
+    sections = tuple(
+        Section(Kind(k), n, width if latent else n, first, p, Style(st)) for k, n, first, p, st, _ in fields
+    )
+    shape = Shape(lossless, list(DTYPES)[dtype], tokens, raw, sections)
+    if not shape.codable or any(
+        s.rope_first + 2 * s.rope_pairs > s.channels or s.rope_pairs not in (0, pairs) for s in sections
+    ):
+        raise ValueError("a shape that cannot be coded")
+    at = _HEAD.size + _SECTION.size * n_sections
+    numbers = np.frombuffer(block, np.uint32, n_layers, at).astype(np.int64)
+    layers = tuple((numbers & ~_TURNED).tolist())
+    turned = frozenset((numbers[numbers >= _TURNED] & ~_TURNED).tolist())
+    if list(layers) != sorted(set(layers)) or layers[-1] > 9999 or (turned and not pairs):
+        raise ValueError("layers are not in order, or turned by nothing")
+    inv_freq = np.frombuffer(block, np.float32, pairs, at + 4 * n_layers)
+    if not ((inv_freq > 0) & (inv_freq <= MAX_FREQUENCY)).all():
+        raise ValueError("frequencies of RoPE out of range")
+    if _layout(shape, latent, heads, layers).nbytes > MAX_DATA:
+        raise ValueError("more KV than a part can hold")
+    if _pack_frame(shape, heads, layers, turned, inv_freq) != block:
+        raise ValueError("not the index that its numbers make")
+    return shape, layers, turned, inv_freq
+
+
+@functools.lru_cache(maxsize=64)
+def _turns(inv_freq: bytes, position: int, tokens: int) -> bytearray:
+    """All parts of a chunk share it, and all texts that a host serves at the same time."""
+    return _native.codec_rotation(inv_freq, position, tokens)
+
+
+@functools.lru_cache(maxsize=256)
+def _places(
+    shape: Shape, latent: bool, heads: int, layers: tuple[int, ...], turned: frozenset[int]
+) -> npt.NDArray[np.int64]:
+    pieces = _layout(shape, latent, heads, layers).bounds[:-1]
+    if latent:
+        inside = np.cumsum([0, *(s.channels for s in shape.sections[:-1])]) * DTYPES[shape.dtype][0]
+        starts = pieces[:, None] + inside
+    else:
+        starts = pieces.reshape(-1, 2, heads).transpose(0, 2, 1).reshape(-1, 2)
+    places = np.ascontiguousarray(np.column_stack([np.repeat([i in turned for i in layers], heads), starts]), np.int64)
+    places.flags.writeable = False
+    return places
 
 
 @functools.lru_cache(maxsize=256)

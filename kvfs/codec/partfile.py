@@ -8,7 +8,10 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from kvfs import _native
 from kvfs.chunk import MAX_HEADER, PartLayout, PartMeta, layout
@@ -25,6 +28,8 @@ __all__ = ["MAX_INDEX", "CodedPart", "frame", "run"]
 ALIGNMENT = 64
 """The index starts at a multiple of it."""
 MAX_INDEX = 1 << 20
+OVERHEAD = 1 << 20
+"""A coded part may be so much larger than its raw form: what cannot be compressed."""
 _WRITER = "kvfs 0.1"
 _UNSEALED = "0" * 16
 
@@ -94,6 +99,8 @@ class CodedPart:
             parsed = Index.parse(block, level.lossless, meta.part.kind == "mla", meta.tokens)
             if parsed.bounds[-1] != layers:
                 raise ValueError(f"streams of {parsed.bounds[-1]} bytes in {layers}")
+            if file_size > parsed.layout.nbytes + OVERHEAD:
+                raise ValueError(f"{file_size} bytes for {parsed.layout.nbytes} of KV")
         except (ValueError, IdentityError) as e:
             raise ChunkCorrupt(name, "tensors", f"an index that cannot be: {e}") from None
         return cls(meta, level, m["fidelity"], parsed, size + index, file_size, name)
@@ -159,6 +166,17 @@ class CodedPart:
         if bad is not None:
             layer, head = divmod(bad[0], index.heads)
             raise ChunkCorrupt(self.name, "stream", f"layer {first + layer} head {head}: {bad[1]}")
+
+    def arguments(self, fd: int, ops: npt.NDArray[np.int64], first: int, last: int) -> tuple[Any, ...]:
+        """What `_native.load_coded` takes to decode rows [first, last) of this part, open as ``fd``, into paged KV.
+
+        ``ops``, int64 ``[tensors, 12]``: offsets relative to the data region of the raw form.
+        """
+        x = self.index
+        return (
+            fd, self.data_start, x.bounds, x.layer_sums, x.shape.array(), self.turns(), x.streams,
+            ops, first, last, self.meta.position,
+        )  # fmt: skip
 
 
 def frame(meta: PartMeta, level: Level, fidelity: str, index: Index) -> bytes:
