@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.engine import Answer, Engine, running
+from bench.engine import REST, Answer, Engine, running
 from bench.peers import PEERS, Peer
 from bench.prompts import encode, prompt
 from bench.ttft import settle
@@ -115,6 +115,7 @@ async def misses(peer: Peer, model: Path, work: Path, rounds: int) -> tuple[floa
     async def seconds(engine: Engine, number: int) -> float:
         # Both engines get the same prompts; the number makes them new to both.
         batch = [prompt(model, 1000, f"Round {number}, client {i}", i) for i in range(CLIENTS)]
+        await asyncio.sleep(REST)
         start = time.perf_counter()
         answers = await asyncio.gather(*(engine.generate(ids, REPLY) for ids in batch))
         if any(a.cached for a in answers):

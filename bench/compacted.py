@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench.engine import Answer, Engine, running
+from bench.engine import REST, Answer, Engine, running
 from bench.medium import Medium, medium
 from bench.peers import Peer, kvfs_connector
 from bench.prompts import prompt, prompts
@@ -108,6 +108,7 @@ async def measure(
                 for length in lengths:
                     for ids in prompts(model, length, texts):
                         for name in names[number % len(names) :] + names[: number % len(names)]:
+                            await asyncio.sleep(REST)
                             for way in ("hot", "slow"):
                                 answer = await load(engines[name], ids, slow if way == "slow" else None)
                                 samples.append(Sample(model.name, name, length, way, answer.ttft, answer.cached))

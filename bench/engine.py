@@ -31,6 +31,10 @@ START_LIMIT = 240.0
 END_LIMIT = 30.0
 """Seconds that an engine may take to go."""
 
+REST = 1.3
+"""Seconds after which an engine that has answered leaves the cores to another one: vLLM's processes go on polling for a
+second (its ``SpinCondition``). Whoever measures engines in turns rests between them."""
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "2",
