@@ -9,21 +9,24 @@ import errno
 import fcntl
 import mmap
 import os
+import re
 from types import TracebackType
 from typing import Self
 
 from kvfs import _native
 from kvfs.chunk import MAX_HEADER, PartFile, encode_header, open_part
-from kvfs.codec import MAX_INDEX, CodedPart
+from kvfs.codec import FORMS, MAX_INDEX, CodedPart
 from kvfs.errors import ChunkCorrupt, ChunkNotFound
 from kvfs.files import SEALS, from_read_error
 from kvfs.identity import Manifest, PartId
 from kvfs.store import Store
 
-__all__ = ["CodedFile", "open_coded", "open_stored", "read_all", "read_coded_header", "reopen"]
+__all__ = ["CodedFile", "form_of", "open_coded", "open_stored", "read_all", "read_coded_header", "reopen"]
 
 NOEXEC_SEAL = 8
 """MFD_NOEXEC_SEAL, Linux 6.3: not to be executed, may be sealed."""
+_FORM, _FORM_WITHIN = re.compile(rb'"kvfs.form":"([a-z0-9.-]+)"'), 1024
+"""What tells the form of a part, and the bytes it lies within."""
 _FIRST = 16384
 """Bytes that hold header and index of nearly every coded part."""
 
@@ -106,6 +109,19 @@ def read_coded_header(fd: int, name: str = "?") -> CodedPart:
         if e.reason != "truncated":
             raise
     return _parse(fd, MAX_HEADER + MAX_INDEX, name)
+
+
+def form_of(fd: int, name: str = "?") -> str:
+    """Which form an open coded part says that it has, unread and unchecked but for that.  ChunkCorrupt ``header`` if it
+    does not say one, and ``unreadable``."""
+    try:
+        start = os.pread(fd, _FORM_WITHIN, 0)
+    except OSError as e:
+        raise from_read_error(e, name) from e
+    found = _FORM.search(start)
+    if found is None or (form := found[1].decode()) not in FORMS[1:]:
+        raise ChunkCorrupt(name, "header", "not the header of a coded part")
+    return form
 
 
 def _parse(fd: int, nbytes: int, name: str) -> CodedPart:

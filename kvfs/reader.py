@@ -55,14 +55,16 @@ class Reader:
         raise missing
 
     def _open_coded(self, ns: bytes, key: bytes, part: PartId, coded: bool, before_slow: Callable[[], None]) -> Opened:
-        with self.verifier.open_coded(ns, key, part) as file:
-            st = os.fstat(file.fd)
+        if coded:
+            opened = self.verifier.open_stored(ns, key, part)
             self.on_coded(ns, key)
-            if coded:
-                return Opened(os.dup(file.fd), self.verifier.is_verified(st), st.st_size, st.st_ino, file.header.form)
+            return opened
+        with self.verifier.open_coded(ns, key, part) as file:
+            inode = os.fstat(file.fd).st_ino
+            self.on_coded(ns, key)
             before_slow()
             fd = self.area.open(file)
-            return Opened(fd, True, os.fstat(fd).st_size, st.st_ino)
+            return Opened(fd, True, os.fstat(fd).st_size, inode)
 
     def verify(self, opened: Opened, ns: bytes, key: bytes, part: PartId) -> None:
         """Read an open raw part in full; if that is damaged it is put away and its descriptor closed: ChunkCorrupt."""

@@ -5,7 +5,6 @@ engine gives them to someone else. A read that hangs cannot be interrupted; its 
 """
 
 import contextlib
-import itertools
 import logging
 import os
 import queue
@@ -23,6 +22,7 @@ from kvfs.chunk import layout, open_part
 from kvfs.client.claims import LeasedPart
 from kvfs.codec import FORMS
 from kvfs.coded import open_coded
+from kvfs.cores import cores
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, StoreBusy
 from kvfs.identity import Manifest, PartId
 from kvfs.vllm_hook.copying import CodedRows, Copy
@@ -30,7 +30,7 @@ from kvfs.vllm_hook.decoding import Ways
 from kvfs.vllm_hook.jobs import Load, LoadPart
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.stats import Counts
-from kvfs.vllm_hook.threads import cores, step_aside
+from kvfs.vllm_hook.threads import step_aside
 
 __all__ = ["Loader"]
 
@@ -41,6 +41,9 @@ MAX_STUCK = 8
 MAX_THREADS = 4
 """Threads that a load is spread over, where there are as many cores. A forward pass waits for the slowest of its own
 threads, so a load beside it costs least if it is over soon."""
+AT_ONCE = 16
+"""Parts that a thread leases at once: opening them takes the interpreter, which the other threads want as well, so that
+their first bytes would be late if it were all of a long text."""
 TOGETHER = 6
 """Coded parts that a thread decodes without coming back to the interpreter, for which it would wait each time."""
 REPORT_TIMEOUT = 1.0
@@ -230,23 +233,25 @@ class Loader:
         return None
 
     def _batch(self, active: Active, refs: Sequence[Ref], later: contextlib.ExitStack) -> None:
-        todo: list[tuple[LoadPart, LeasedPart]] = []
-        for ns in dict.fromkeys(part.ns for part, _ in refs):
-            own = [(part, where) for part, where in refs if part.ns == ns]
-            wanted = [(part.key, where) for part, where in own]
-            lease = later.enter_context(self._client.lease(ns, wanted, timeout=self._stall, coded=True))
-            todo += zip((part for part, _ in own), lease.parts, strict=True)
-        coded: list[tuple[LoadPart, LeasedPart]] = []
+        for i in range(0, len(refs), AT_ONCE):
+            some = refs[i : i + AT_ONCE]
+            for ns in dict.fromkeys(part.ns for part, _ in some):
+                own = [(part, where) for part, where in some if part.ns == ns]
+                wanted = [(part.key, where) for part, where in own]
+                lease = later.enter_context(self._client.lease(ns, wanted, timeout=self._stall, coded=True))
+                self._bring(active, list(zip((part for part, _ in own), lease.parts, strict=True)), later)
+
+    def _bring(self, active: Active, todo: Group, later: contextlib.ExitStack) -> None:
+        """Bring parts into the blocks, each by the way that is the fastest for its form."""
+        coded = []
         for part, leased in todo:
             if leased.form == RAW:
                 self._fill(active, part, leased, later)
             elif self._ways.decodes() or not self._hydrated(active, part, leased, later):
+                os.posix_fadvise(leased.fd, 0, 0, os.POSIX_FADV_WILLNEED)  # the disk reads while others are decoded
                 coded.append((part, leased))
-        groups = [coded[i : i + TOGETHER] for i in range(0, len(coded), TOGETHER)]
-        for group, ahead in itertools.zip_longest(groups, groups[1:], fillvalue=()):
-            for _, leased in ahead:  # the disk reads them while these are decoded
-                os.posix_fadvise(leased.fd, 0, 0, os.POSIX_FADV_WILLNEED)
-            self._decode(active, group, later)
+        for i in range(0, len(coded), TOGETHER):
+            self._decode(active, coded[i : i + TOGETHER], later)
 
     def _fill(self, active: Active, part: LoadPart, leased: LeasedPart, later: contextlib.ExitStack) -> None:
         """Bring a part in its raw form into the blocks."""

@@ -1,21 +1,12 @@
 """Threads that move bytes beside an engine."""
 
-import contextlib
 import os
 
 import torch
 
-__all__ = ["cores", "step_aside"]
+from kvfs.cores import cores
 
-
-def cores() -> set[int]:
-    """The cores that the engine's threads may run on. vLLM's CPU worker binds each of them to one, and whatever thread
-    is started later would be bound to that of the first, which computes."""
-    found = set[int]()
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):
-            found |= os.sched_getaffinity(int(thread))
-    return found
+__all__ = ["step_aside"]
 
 
 def step_aside(which: int = 0, of: int = 1) -> None:

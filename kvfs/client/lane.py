@@ -5,6 +5,7 @@ while a call that was given up is still stuck, others fail in microseconds.
 """
 
 import functools
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from concurrent import futures
 from typing import Any, TypeVar
 
 from kvfs.client.fork import restart_in_child
+from kvfs.cores import cores
 from kvfs.errors import DaemonUnavailable, KvfsError
 from kvfs.protocol import Deadline
 
@@ -85,6 +87,7 @@ class Lane:
 
 
 def _work(jobs: _Jobs) -> None:
+    os.sched_setaffinity(0, cores())  # whoever calls first may be bound to one that is busy
     while (item := jobs.get()) is not None:
         job, work = item
         if job.set_running_or_notify_cancel():
