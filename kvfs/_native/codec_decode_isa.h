@@ -182,8 +182,8 @@ INLINE uint32_t NAME(top)(int32_t symbol, uint32_t octave, uint32_t flip, const 
     return sign | ((octave - ((uint32_t)symbol & (CODEC_OCTAVES - 1))) & ((1u << exponent) - 1));
 }
 
-/* n elements of two bytes, n a multiple of 8, from symbols and from fractions of b bits (7 or 10). Reads up to 24 numbers
- * beyond the arrays' and up to 64 bytes beyond the fractions. */
+/* n elements of two bytes, n a multiple of 8, from symbols and from fractions of b bits (7 or 10). Reads up to 24
+ * elements beyond the end of each array, and up to 64 bytes beyond the fractions. */
 INLINE void NAME(join)(const int32_t *restrict symbol, const uint16_t *restrict octave, const uint16_t *restrict flip,
                        const uint8_t *restrict fractions, int32_t n, const int32_t b, uint16_t *restrict out)
 {
