@@ -5,20 +5,16 @@
 #include <immintrin.h>
 #endif
 
-/* A stream being decoded. */
+/* A stream being decoded. What is known of its channels lies side by side in `memory`, as many numbers as there are
+ * channels: in arrays of a fixed size, a power of two, they would meet in the same few sets of the cache. */
 typedef struct {
     uint32_t state[CODEC_LANES] __attribute__((aligned(64)));
-    uint32_t table[CODEC_MAX_CHANNELS]; /* first entry of a channel's table in codec_lut */
-    int32_t symbol[CODEC_MAX_CHANNELS]; /* of the row */
-    union {
-        float step[CODEC_MAX_CHANNELS]; /* by token: the one step of all channels */
-        int32_t octave[CODEC_MAX_CHANNELS];
-    };
-    union {
-        float mean[CODEC_MAX_CHANNELS];
-        int32_t flip[CODEC_MAX_CHANNELS];
-    };
-    float value[CODEC_MAX_CHANNELS];
+    uint32_t memory[4 * CODEC_MAX_CHANNELS + 2 * CODEC_LANES] __attribute__((aligned(64)));
+    uint32_t *table;   /* first entry of a channel's table in codec_lut */
+    int32_t *symbol;   /* of the row */
+    float *step;       /* by token: the one step of all channels */
+    float *mean;
+    uint16_t *octave, *flip; /* lossless: in place of step and mean */
     uint8_t tail[4 * (CODEC_MAX_CHANNELS + CODEC_LANES)]; /* the last words, with zeros after them */
     bool in_tail;
     const uint8_t *words, *end;
@@ -100,6 +96,28 @@ static inline __attribute__((always_inline)) uint64_t codec_spread(const uint8_t
 #undef NAME
 
 #if defined(__x86_64__)
+/* How to unpack 32 numbers of 7 or 10 bits, 8 in each 16 bytes of a vector: the four-byte words that 16 bytes are filled
+ * with, the two bytes of them that hold a number, and the factor that moves its highest bit to the top. */
+typedef struct {
+    uint32_t word[16];
+    uint8_t byte[64];
+    uint16_t factor[32];
+} Unpacking;
+static Unpacking unpacking[2] __attribute__((aligned(64)));
+
+__attribute__((constructor)) static void unpacking_init(void)
+{
+    for (unsigned which = 0; which < 2; which++)
+        for (unsigned i = 0; i < 32; i++) {
+            const unsigned b = which ? 10 : 7, start = i / 8 * b, bit = 8 * (start % 4) + i % 8 * b;
+            Unpacking *u = &unpacking[which];
+            u->word[i / 2] = start / 4 + i / 2 % 4;
+            u->byte[2 * i] = (uint8_t)(bit / 8);
+            u->byte[2 * i + 1] = (uint8_t)(bit / 8 + 1);
+            u->factor[i] = (uint16_t)(1u << (16 - b - bit % 8));
+        }
+}
+
 /* Byte i of expand[mask]: how many of the lanes below i are in the mask, which is the word that lane i takes. */
 static uint64_t expand[256];
 
@@ -147,7 +165,7 @@ static int lane_section(Lane *lane, const CodecShape *shape, int32_t which, int3
         uint32_t table;
         if (shape->lossless) {
             lane->octave[first + c] = side[c];
-            lane->flip[first + c] = side[n + c] & CODEC_FLIP ? 1 << shape->exponent : 0;
+            lane->flip[first + c] = side[n + c] & CODEC_FLIP ? (uint16_t)(1 << shape->exponent) : 0;
             table = side[n + c] & ~(uint32_t)CODEC_FLIP;
             if (table >= CODEC_LOSSLESS_TABLES)
                 return CODEC_PARAMETERS;
@@ -169,6 +187,12 @@ static int lane_section(Lane *lane, const CodecShape *shape, int32_t which, int3
 static bool lane_begin(Lane *lane, const CodecShape *shape, const CodecJob *job)
 {
     CodecStream *stream = &lane->stream;
+    lane->table = lane->memory;
+    lane->symbol = (int32_t *)(lane->memory + shape->channels);
+    lane->step = (float *)(lane->memory + 2 * shape->channels);
+    lane->mean = lane->step + shape->channels;
+    lane->octave = (uint16_t *)(lane->memory + 2 * shape->channels);
+    lane->flip = lane->octave + shape->channels;
     lane->error = codec_open(shape, job->data, job->size, stream);
     if (lane->error)
         return false;

@@ -135,7 +135,7 @@ TARGET static void NAME(finish_any)(Lane *lane, const CodecSection *section, int
                                     float scale, bool half, uint16_t *out)
 {
     const int32_t *symbol = lane->symbol + first;
-    float *value = lane->value;
+    float value[CODEC_MAX_CHANNELS];
 
     for (int32_t c = 0; c < section->channels; c++)
         value[c] = scale == 0 ? (float)symbol[c] * lane->step[first + c] + lane->mean[first + c]
@@ -176,63 +176,91 @@ INLINE void NAME(finish_section)(Lane *lane, const CodecShape *shape, int32_t wh
 }
 
 /* The sign and exponent that a lossless symbol stands for. */
-INLINE int32_t NAME(top)(const Lane *lane, int32_t c, const int32_t exponent)
+INLINE uint32_t NAME(top)(int32_t symbol, uint32_t octave, uint32_t flip, const int32_t exponent)
 {
-    const int32_t symbol = lane->symbol[c], sign = (symbol & CODEC_OCTAVES) << (exponent - 4) ^ lane->flip[c];
-    return sign | ((lane->octave[c] - (symbol & (CODEC_OCTAVES - 1))) & ((1 << exponent) - 1));
+    const uint32_t sign = ((uint32_t)symbol & CODEC_OCTAVES) << (exponent - 4) ^ flip;
+    return sign | ((octave - ((uint32_t)symbol & (CODEC_OCTAVES - 1))) & ((1u << exponent) - 1));
 }
 
-/* n numbers of b bits (7 or 10), n a multiple of 8. Reads up to 32 bytes beyond them, writes up to 8 numbers beyond. */
-INLINE void NAME(unpack)(const uint8_t *restrict packed, int32_t n, const int32_t b, uint16_t *restrict out)
+/* n elements of two bytes, n a multiple of 8, from symbols and from fractions of b bits (7 or 10). Reads up to 24
+ * elements beyond the end of each array, and up to 64 bytes beyond the fractions. */
+INLINE void NAME(join)(const int32_t *restrict symbol, const uint16_t *restrict octave, const uint16_t *restrict flip,
+                       const uint8_t *restrict fractions, int32_t n, const int32_t b, uint16_t *restrict out)
 {
-#if defined(LANES_AVX512) || defined(LANES_AVX2)
-    uint8_t place[32];
-    uint16_t factor[16];
-    for (int32_t i = 0; i < 16; i++) { /* known to the compiler, as b is */
-        place[2 * i] = (uint8_t)(i % 8 * b >> 3);
-        place[2 * i + 1] = (uint8_t)(place[2 * i] + 1);
-        factor[i] = (uint16_t)(1 << (16 - b - (i * b & 7)));
+#if defined(LANES_AVX512)
+    const Unpacking *u = &unpacking[b == 10];
+    const __m512i word = _mm512_load_si512(u->word), byte = _mm512_load_si512(u->byte);
+    const __m512i factor = _mm512_load_si512(u->factor), order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+    const __m512i negative = _mm512_set1_epi16(CODEC_OCTAVES), octaves = _mm512_set1_epi16(CODEC_OCTAVES - 1);
+    const __m512i exponents = _mm512_set1_epi16((1 << (15 - b)) - 1);
+    for (int32_t c = 0; c < n; c += 32) {
+        const __m512i packed = _mm512_permutexvar_epi32(word, _mm512_loadu_si512(fractions + c / 8 * b));
+        const __m512i shifted = _mm512_mullo_epi16(_mm512_shuffle_epi8(packed, byte), factor);
+        const __m512i pairs = _mm512_packs_epi32(_mm512_loadu_si512(symbol + c), _mm512_loadu_si512(symbol + c + 16));
+        const __m512i s = _mm512_permutexvar_epi64(order, pairs);
+        const __m512i sign = _mm512_xor_si512(_mm512_slli_epi16(_mm512_and_si512(s, negative), 11 - b),
+                                              _mm512_loadu_si512(flip + c));
+        const __m512i exponent = _mm512_and_si512(
+            _mm512_sub_epi16(_mm512_loadu_si512(octave + c), _mm512_and_si512(s, octaves)), exponents);
+        const __m512i value = _mm512_or_si512(_mm512_slli_epi16(_mm512_or_si512(sign, exponent), b),
+                                              _mm512_srli_epi16(shifted, 16 - b));
+        if (n - c >= 32)
+            _mm512_storeu_si512(out + c, value);
+        else
+            _mm512_mask_storeu_epi16(out + c, (1u << (n - c)) - 1, value);
     }
-    const __m256i places = _mm256_loadu_si256((const void *)place), factors = _mm256_loadu_si256((const void *)factor);
+#elif defined(LANES_AVX2)
+    const Unpacking *u = &unpacking[b == 10];
+    const __m256i word = _mm256_load_si256((const void *)u->word), byte = _mm256_load_si256((const void *)u->byte);
+    const __m256i factor = _mm256_load_si256((const void *)u->factor);
+    const __m256i negative = _mm256_set1_epi16(CODEC_OCTAVES), octaves = _mm256_set1_epi16(CODEC_OCTAVES - 1);
+    const __m256i exponents = _mm256_set1_epi16((1 << (15 - b)) - 1);
     for (int32_t c = 0; c < n; c += 16) {
-        const uint8_t *at = packed + c / 8 * b;
-        const __m256i bytes = _mm256_set_m128i(_mm_loadu_si128((const void *)(at + b)), _mm_loadu_si128((const void *)at));
-        const __m256i shifted = _mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, places), factors);
-        _mm256_storeu_si256((void *)(out + c), _mm256_srli_epi16(shifted, 16 - b));
+        const __m256i bytes = _mm256_loadu_si256((const void *)(fractions + c / 8 * b));
+        const __m256i packed = _mm256_permutevar8x32_epi32(bytes, word);
+        const __m256i shifted = _mm256_mullo_epi16(_mm256_shuffle_epi8(packed, byte), factor);
+        const __m256i pairs = _mm256_packs_epi32(_mm256_loadu_si256((const void *)(symbol + c)),
+                                                 _mm256_loadu_si256((const void *)(symbol + c + 8)));
+        const __m256i s = _mm256_permute4x64_epi64(pairs, 0xd8);
+        const __m256i sign = _mm256_xor_si256(_mm256_slli_epi16(_mm256_and_si256(s, negative), 11 - b),
+                                              _mm256_loadu_si256((const void *)(flip + c)));
+        const __m256i exponent = _mm256_and_si256(
+            _mm256_sub_epi16(_mm256_loadu_si256((const void *)(octave + c)), _mm256_and_si256(s, octaves)), exponents);
+        const __m256i value = _mm256_or_si256(_mm256_slli_epi16(_mm256_or_si256(sign, exponent), b),
+                                              _mm256_srli_epi16(shifted, 16 - b));
+        if (n - c >= 16)
+            _mm256_storeu_si256((void *)(out + c), value);
+        else
+            _mm_storeu_si128((void *)(out + c), _mm256_castsi256_si128(value));
     }
 #else
+    uint16_t fraction[CODEC_MAX_CHANNELS];
     for (int32_t c = 0; c < n; c += 4) {
-        const uint64_t four = codec_spread(packed, c, b);
-        memcpy(out + c, &four, sizeof four);
+        const uint64_t four = codec_spread(fractions, c, b);
+        memcpy(fraction + c, &four, sizeof four);
     }
-#endif
-}
-
-/* n elements of two bytes, from channel `first` on, from symbols and fractions of b bits. */
-INLINE void NAME(join)(const Lane *lane, int32_t first, const uint8_t *fractions, int32_t n, const int32_t b,
-                       uint16_t *restrict out)
-{
-    uint16_t fraction[CODEC_MAX_CHANNELS + 8];
-    NAME(unpack)(fractions, n, b, fraction);
     for (int32_t c = 0; c < n; c++)
-        out[c] = (uint16_t)((uint32_t)NAME(top)(lane, first + c, 15 - b) << b | fraction[c]);
+        out[c] = (uint16_t)(NAME(top)(symbol[c], octave[c], flip[c], 15 - b) << b | fraction[c]);
+#endif
 }
 
 /* Row t of a lossless section but for its exceptions. */
 INLINE void NAME(join_section)(Lane *lane, const CodecShape *shape, int32_t which, int32_t first, int32_t t)
 {
     const CodecSection *section = &shape->section[which];
-    const int32_t n = section->channels, b = shape->fraction;
+    const int32_t n = section->channels, b = shape->fraction, *symbol = lane->symbol + first;
+    const uint16_t *octave = lane->octave + first, *flip = lane->flip + first;
     const uint8_t *fractions = lane->stream.residual + ((int64_t)t * shape->channels + first) / 8 * b;
     char *out = lane->out[which] + (int64_t)t * section->pitch * shape->bytes;
 
     if (b == 7)
-        NAME(join)(lane, first, fractions, n, 7, (uint16_t *)out);
+        NAME(join)(symbol, octave, flip, fractions, n, 7, (uint16_t *)out);
     else if (b == 10)
-        NAME(join)(lane, first, fractions, n, 10, (uint16_t *)out);
+        NAME(join)(symbol, octave, flip, fractions, n, 10, (uint16_t *)out);
     else
         for (int32_t c = 0; c < n; c++) {
-            const uint32_t value = (uint32_t)NAME(top)(lane, first + c, shape->exponent) << b | codec_packed(fractions, c, b);
+            const uint32_t top = NAME(top)(symbol[c], octave[c], flip[c], shape->exponent);
+            const uint32_t value = top << b | codec_packed(fractions, c, b);
             memcpy(out + (int64_t)c * shape->bytes, &value, (size_t)shape->bytes);
         }
 }
