@@ -45,7 +45,9 @@ class Index:
     def _table(self, ns: bytes) -> Table:
         t = self._tables.get(ns)
         if t is None:
-            t = self._tables.setdefault(ns, Table(self.store.manifest(ns), self._policy))
+            made = Table(self.store.manifest(ns), self._policy)
+            with self._lock:  # others go through them
+                t = self._tables.setdefault(ns, made)
         return t
 
     # --- what is there ---
