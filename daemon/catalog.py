@@ -22,13 +22,12 @@ from kvfs.daemon.figures import figures
 from kvfs.daemon.sweep import Sweeper, Swept
 from kvfs.daemon.trace import Trace
 from kvfs.daemon.wear import Wear
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError, NamespaceNotFound, StoreReadOnly
 from kvfs.explain import Known, explain
 from kvfs.hydrate import Area
 from kvfs.identity import Manifest, PartId
 from kvfs.index import Index
 from kvfs.metrics import Metrics
-from kvfs.names import parse_part_name
 from kvfs.reader import Reader
 from kvfs.store import Store, Temp
 from kvfs.upkeep.bulletin import Bulletin
@@ -284,14 +283,6 @@ class Catalog:
             if self._trace:
                 self._trace.stored(admitted.meta, admitted.size)
         return admitted.created
-
-    def import_file(self, ns: bytes, temp: str, name: str) -> bool:
-        """Publish a temp file under the name that a user copied it to.  IdentityError unless that names a part."""
-        named = parse_part_name(name)
-        if named is None:
-            self.discard(ns, temp)
-            raise IdentityError(f"{name!r} is not the name of a part (<key>.<kind>.h<slice>.safetensors)")
-        return self.publish_file(ns, temp, *named)
 
     def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta, coded: bool = False) -> None:
         if self.index.add(ns, key, part, size, meta, coded):
