@@ -217,14 +217,17 @@ class Catalog:
         self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool = False
     ) -> None:
         """What turned out to be missing or damaged, in one form, is no longer shown to anyone."""
-        if isinstance(error, ChunkCorrupt):
-            if not self.config.read_only:
-                purged = self.store.lost.purged
-                self.verifier.quarantine(ns, key, part, error, coded)
-                self.metrics.purged.inc(self.store.lost.purged - purged)
-            self.metrics.quarantined.labels(error.reason).inc()
-            log.warning("%s; it is in lost+found", error)
-        self._vanished(ns, key, part, coded)
+        with self.index.turn(ns, key):
+            if isinstance(error, ChunkCorrupt):
+                if not self.config.read_only:
+                    purged = self.store.lost.purged
+                    self.verifier.quarantine(ns, key, part, error, coded)
+                    self.metrics.purged.inc(self.store.lost.purged - purged)
+                self.metrics.quarantined.labels(error.reason).inc()
+                log.warning("%s; it is in lost+found", error)
+            elif self.store.size(ns, key, part, coded) is not None:  # it has come meanwhile
+                return
+            self._vanished(ns, key, part, coded)
 
     def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
         """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
@@ -270,7 +273,9 @@ class Catalog:
         try:
             self._writable()
             admitted = self.admission.admit(ns, temp, key, part)
-            self._appeared(ns, key, part, admitted.size, admitted.meta)
+            with self.index.turn(ns, key):
+                if self.store.size(ns, key, part) is not None:  # else somebody was quick to remove it
+                    self._appeared(ns, key, part, admitted.size, admitted.meta)
         except KvfsError:
             self.metrics.publish.labels("refused").inc()
             raise
@@ -292,7 +297,7 @@ class Catalog:
         """Remove all parts of a chunk; False if there were none.  StoreBusy while it is leased."""
         self._writable()
         manifest, [mask] = self.store.manifest(ns), self.index.masks(ns, [key])
-        with self.leases.removing(ns, key):
+        with self.leases.removing(ns, key), self.index.turn(ns, key):
             self.index.discard(ns, key)  # first: what is being compacted would come back
             self.store.remove(ns, key, manifest.parts)
         self._gone(ns, key, mask, "request")
@@ -368,12 +373,13 @@ class Catalog:
 
     def refresh(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> None:
         """A file of a part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
-        try:
-            meta, size = self.verifier.peek(ns, key, part, coded)
-        except (ChunkNotFound, ChunkCorrupt):
-            self._vanished(ns, key, part, coded)
-        else:
-            self._appeared(ns, key, part, size, meta, coded)
+        with self.index.turn(ns, key):
+            try:
+                meta, size = self.verifier.peek(ns, key, part, coded)
+            except (ChunkNotFound, ChunkCorrupt):
+                self._vanished(ns, key, part, coded)
+            else:
+                self._appeared(ns, key, part, size, meta, coded)
 
     # --- asking ---
 

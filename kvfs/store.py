@@ -293,6 +293,12 @@ class Store:
 
         return [mask(key) for key in keys]
 
+    def size(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> int | None:
+        """Bytes of a part's file of this form, as it is now; None if there is none."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.lstat(self.path / ns.hex() / part_path(key, part, coded)).st_size
+        return None
+
     def scan(self, ns: bytes) -> Iterator[Found]:
         """Every part file of a namespace, of both forms, by listing; foreign names are skipped."""
         for leaf in filter(is_leaf, files.names_in(self._ns_dir(ns))):
