@@ -1,5 +1,6 @@
 """Files of a chunk change while somebody looks at them: what the index knows in the end is what is there."""
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -165,3 +166,20 @@ def test_a_part_that_comes_to_the_next_victim_goes_with_it(catalog: Catalog, cut
     cut.done()
     assert (freed.chunks, freed.bytes) == (1, 2 * size)
     assert catalog.store.masks(NS, [key]) == [0]
+
+
+@pytest.mark.parametrize("owner", ["index", "store"])
+def test_a_namespace_that_is_retired_while_it_is_evicted_from_ends_no_round(
+    catalog: Catalog, cut: Cut, owner: str
+) -> None:
+    other = dataclasses.replace(MANIFEST, weights="ef" * 32)
+    catalog.register(other)
+    publish(catalog, new_key())
+    with Store.open(catalog.store.path) as store:
+        put(store, key := new_key(), manifest=other)
+    catalog.reconcile()
+    catalog.touch(other.ns, [key])
+    cut(getattr(catalog, owner), {"index": "victim", "store": "remove"}[owner], lambda: catalog.retire(NS))
+    catalog.evict(None, 1 << 30)
+    cut.done()
+    assert catalog.index.totals() == (0, 0)

@@ -245,11 +245,12 @@ class Evictor:
             for ns, victim in self._victims(namespaces):
                 if freed >= goal or busy >= PATIENCE or not self.office.epoch:
                     break
-                if (gone := self._remove(ns, victim.key, reason)) is not None:
-                    chunks, freed = chunks + 1, freed + gone.size
-                else:
-                    busy += 1
-                    self.index.spare(ns, victim.key)
+                with contextlib.suppress(NamespaceNotFound):  # retired meanwhile
+                    if (gone := self._remove(ns, victim.key, reason)) is not None:
+                        chunks, freed = chunks + 1, freed + gone.size
+                    else:
+                        busy += 1
+                        self.index.spare(ns, victim.key)
         if chunks:
             log.debug("evicted %d chunks, %d bytes (%s)", chunks, freed, reason)
         return Freed(chunks, freed)
