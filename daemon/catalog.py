@@ -22,13 +22,12 @@ from kvfs.daemon.figures import figures
 from kvfs.daemon.sweep import Sweeper, Swept
 from kvfs.daemon.trace import Trace
 from kvfs.daemon.wear import Wear
-from kvfs.errors import ChunkCorrupt, ChunkNotFound, IdentityError, KvfsError, NamespaceNotFound, StoreReadOnly
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, KvfsError, NamespaceNotFound, StoreReadOnly
 from kvfs.explain import Known, explain
 from kvfs.hydrate import Area
 from kvfs.identity import Manifest, PartId
 from kvfs.index import Index
 from kvfs.metrics import Metrics
-from kvfs.names import parse_part_name
 from kvfs.reader import Reader
 from kvfs.store import Store, Temp
 from kvfs.upkeep.bulletin import Bulletin
@@ -218,14 +217,17 @@ class Catalog:
         self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool = False
     ) -> None:
         """What turned out to be missing or damaged, in one form, is no longer shown to anyone."""
-        if isinstance(error, ChunkCorrupt):
-            if not self.config.read_only:
-                purged = self.store.lost.purged
-                self.verifier.quarantine(ns, key, part, error, coded)
-                self.metrics.purged.inc(self.store.lost.purged - purged)
-            self.metrics.quarantined.labels(error.reason).inc()
-            log.warning("%s; it is in lost+found", error)
-        self._vanished(ns, key, part, coded)
+        with self.index.turn(ns, key):
+            if isinstance(error, ChunkCorrupt):
+                if not self.config.read_only:
+                    purged = self.store.lost.purged
+                    self.verifier.quarantine(ns, key, part, error, coded)
+                    self.metrics.purged.inc(self.store.lost.purged - purged)
+                self.metrics.quarantined.labels(error.reason).inc()
+                log.warning("%s; it is in lost+found", error)
+            elif self.store.size(ns, key, part, coded) is not None:  # it has come meanwhile
+                return
+            self._vanished(ns, key, part, coded)
 
     def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
         """A file is gone.  Without the raw one a part that is still there is another file to its readers."""
@@ -271,7 +273,9 @@ class Catalog:
         try:
             self._writable()
             admitted = self.admission.admit(ns, temp, key, part)
-            self._appeared(ns, key, part, admitted.size, admitted.meta)
+            with self.index.turn(ns, key):
+                if self.store.size(ns, key, part) is not None:  # else somebody was quick to remove it
+                    self._appeared(ns, key, part, admitted.size, admitted.meta)
         except KvfsError:
             self.metrics.publish.labels("refused").inc()
             raise
@@ -285,14 +289,6 @@ class Catalog:
                 self._trace.stored(admitted.meta, admitted.size)
         return admitted.created
 
-    def import_file(self, ns: bytes, temp: str, name: str) -> bool:
-        """Publish a temp file under the name that a user copied it to.  IdentityError unless that names a part."""
-        named = parse_part_name(name)
-        if named is None:
-            self.discard(ns, temp)
-            raise IdentityError(f"{name!r} is not the name of a part (<key>.<kind>.h<slice>.safetensors)")
-        return self.publish_file(ns, temp, *named)
-
     def _appeared(self, ns: bytes, key: bytes, part: PartId, size: int, meta: PartMeta, coded: bool = False) -> None:
         if self.index.add(ns, key, part, size, meta, coded):
             self.tell("added", ns, key, part)
@@ -301,7 +297,7 @@ class Catalog:
         """Remove all parts of a chunk; False if there were none.  StoreBusy while it is leased."""
         self._writable()
         manifest, [mask] = self.store.manifest(ns), self.index.masks(ns, [key])
-        with self.leases.removing(ns, key):
+        with self.leases.removing(ns, key), self.index.turn(ns, key):
             self.index.discard(ns, key)  # first: what is being compacted would come back
             self.store.remove(ns, key, manifest.parts)
         self._gone(ns, key, mask, "request")
@@ -377,12 +373,13 @@ class Catalog:
 
     def refresh(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> None:
         """A file of a part may have appeared or vanished: look.  One that is not whole by its header is not shown."""
-        try:
-            meta, size = self.verifier.peek(ns, key, part, coded)
-        except (ChunkNotFound, ChunkCorrupt):
-            self._vanished(ns, key, part, coded)
-        else:
-            self._appeared(ns, key, part, size, meta, coded)
+        with self.index.turn(ns, key):
+            try:
+                meta, size = self.verifier.peek(ns, key, part, coded)
+            except (ChunkNotFound, ChunkCorrupt):
+                self._vanished(ns, key, part, coded)
+            else:
+                self._appeared(ns, key, part, size, meta, coded)
 
     # --- asking ---
 

@@ -75,7 +75,7 @@ class Incoming:
             chunk.read_header(self._fd, self.place.name)
             os.close(self._fd)  # a file is published only when nobody can write to it
             self._fd = -1
-            self._catalog.import_file(self.place.ns, self._temp, self.place.name)
+            self._catalog.publish_file(self.place.ns, self._temp, self.place.key, self.place.part)
             return True
 
     def abandon(self) -> None:

@@ -6,7 +6,6 @@ not tell, the parent of a chunk, is learnt from one header each, later.
 
 import contextlib
 import itertools
-import os
 import socket
 import struct
 import threading
@@ -19,15 +18,15 @@ import msgpack
 from kvfs import _native, files
 from kvfs.chunk import PartMeta
 from kvfs.errors import IdentityError, NamespaceNotFound
-from kvfs.identity import Manifest, PartId
-from kvfs.names import part_path
+from kvfs.identity import PartId
 from kvfs.rows import NONE, PINNED, Order, Rows
 from kvfs.store import Store
-from kvfs.table import Forms, Row, Table, Victim
+from kvfs.table import TURNS, Forms, Row, Table, Victim
 
 __all__ = ["Index", "Row", "Victim"]
 
 _MAGIC = b"kvfs-index/3\n"
+OnChange = Callable[[bytes, bytes, PartId, bool], None]
 PATIENCE = 1024
 """Chunks that must stay and are passed over, at most, in the search for one that may go."""
 
@@ -45,8 +44,21 @@ class Index:
     def _table(self, ns: bytes) -> Table:
         t = self._tables.get(ns)
         if t is None:
-            t = self._tables.setdefault(ns, Table(self.store.manifest(ns), self._policy))
+            made = Table(self.store.manifest(ns), self._policy)
+            with self._lock:  # others go through them
+                t = self._tables.setdefault(ns, made)
         return t
+
+    @contextlib.contextmanager
+    def turn(self, ns: bytes, key: bytes) -> Iterator[None]:
+        """For one at a time, to look at the files of a chunk or change them, and tell it here: what was seen before a
+        change is not told after it.  Never take two."""
+        while True:
+            t = self._table(ns)
+            with t.turns[key[-1] % TURNS]:
+                if self._tables.get(ns) is t:  # else it was retired, and made anew, while this waited
+                    yield
+                    return
 
     # --- what is there ---
 
@@ -153,6 +165,8 @@ class Index:
 
     def forget(self, ns: bytes) -> None:
         """A namespace has been retired."""
+        if (t := self._tables.get(ns)) is not None:
+            t.wait()  # who looked at its files before that tells it now, not to one that is made anew
         with self._lock:
             self._tables.pop(ns, None)
             self._changed = True
@@ -182,11 +196,10 @@ class Index:
         t = self._table(ns)
         with self._lock:
             self._changed = True
-            for i in map(t.find, reversed(list(keys))):
-                if i:
-                    t.hits[i] += 1
-                    t.use(i, at)
-                    t.stamp[i] = at
+            for i in filter(None, map(t.find, reversed(list(keys)))):
+                t.hits[i] += 1
+                t.use(i, at)
+                t.stamp[i] = at
 
     def pin(self, ns: bytes, key: bytes, pinned: bool) -> bool:
         """Say whether a chunk, and with it all before it in its text, must stay; False if there is no such chunk."""
@@ -210,20 +223,20 @@ class Index:
         """The chunk of a namespace to go first.  Ask only when `unlearnt` is empty: a child may be unknown."""
         t = self._table(ns)
         with self._lock:
-            i = t.victim(PATIENCE)
-            return t.as_victim(i) if i else None
+            return t.as_victim(i) if (i := t.victim(PATIENCE)) else None
 
-    def evict(self, ns: bytes, key: bytes) -> bool:
-        """Drop a chunk, unless something continues it now or it is pinned; False then, or if it is gone."""
+    def evict(self, ns: bytes, key: bytes) -> Victim | None:
+        """Drop a chunk and return it; None if something continues it now, it is pinned, or gone already."""
         t = self._table(ns)
         with self._lock:
             i = t.find(key)
             if not i or t.children[i] or t.flags[i] & PINNED:
-                return False
+                return None
+            gone = t.as_victim(i)
             t.clear(i)
             t.partial.pop(key, None)
             self._changed = True
-            return True
+            return gone
 
     def spare(self, ns: bytes, key: bytes) -> None:
         """The victim has to stay for now: count it as used."""
@@ -292,7 +305,7 @@ class Index:
 
     # --- against the tree ---
 
-    def reconcile(self, on_change: Callable[[bytes, bytes, PartId, bool], None] | None = None) -> tuple[int, int]:
+    def reconcile(self, on_change: OnChange = lambda *_: None) -> tuple[int, int]:
         """List the store and correct the rows; returns parts found anew and parts found gone.
 
         ``on_change(ns, key, part, appeared)`` hears of each, and of those whose raw form is gone. Parts published while
@@ -312,46 +325,33 @@ class Index:
                 found, gone = found + f, gone + g
         return found, gone
 
-    def _reconcile(
-        self, ns: bytes, t: Table, on_change: Callable[[bytes, bytes, PartId, bool], None] | None
-    ) -> tuple[int, int]:
-        known = self._files(t)
+    def _reconcile(self, ns: bytes, t: Table, on_change: OnChange) -> tuple[int, int]:
         found = gone = 0
-        for key, part, entry, coded in self.store.scan(ns):
-            try:
-                bit = t.manifest.bit(part)
-            except IdentityError:
-                continue
-            if known.get((key, coded), 0) & bit:
-                known[key, coded] &= ~bit
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                if self.add(ns, key, part, entry.stat(follow_symlinks=False).st_size, coded=coded):
-                    found += 1
-                    if on_change:
+        for key, part, coded in self._suspects(ns, t):
+            with self.turn(ns, key):
+                if (size := self.store.size(ns, key, part, coded)) is not None:
+                    if self.add(ns, key, part, size, coded=coded):
+                        found += 1
                         on_change(ns, key, part, True)
-        for key, part, coded in self._vanished(ns, t.manifest, known):
-            is_gone = self.discard(ns, key, part, coded=coded)
-            gone += is_gone
-            if on_change and (is_gone or not coded):
-                on_change(ns, key, part, False)
+                else:
+                    gone += (is_gone := self.discard(ns, key, part, coded=coded))
+                    if is_gone or not coded:
+                        on_change(ns, key, part, False)
         return found, gone
 
-    def _files(self, t: Table) -> dict[tuple[bytes, bool], int]:
-        """By key and form (True: coded), the parts whose files are known."""
+    def _suspects(self, ns: bytes, t: Table) -> Iterator[tuple[bytes, PartId, bool]]:
+        """The files that a listing shows and the rows do not, and the other way round."""
         with self._lock:
-            rows = [(key, i) for key, i in t.number.items() if t.mask[i]]
-            return {(key, coded): form[i] for coded, form in ((False, t.raw), (True, t.coded)) for key, i in rows}
-
-    def _vanished(
-        self, ns: bytes, manifest: Manifest, unseen: dict[tuple[bytes, bool], int]
-    ) -> Iterator[tuple[bytes, PartId, bool]]:
-        """Of the files a listing did not show, those that a second look does not find either."""
-        folder = self.store.path / ns.hex()
-        for (key, coded), mask in unseen.items():
-            for part in manifest.parts if mask else ():
-                if mask & manifest.bit(part) and not os.path.lexists(folder / part_path(key, part, coded)):
+            known = t.files()
+        for key, part, _, coded in self.store.scan(ns):
+            with contextlib.suppress(IdentityError):
+                bit = t.manifest.bit(part)
+                if known.get((key, coded), 0) & bit:
+                    known[key, coded] &= ~bit
+                else:
                     yield key, part, coded
+        for (key, coded), mask in known.items():
+            yield from ((key, part, coded) for part in t.manifest.parts if mask & t.manifest.bit(part))
 
     # --- snapshot ---
 

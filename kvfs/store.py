@@ -150,9 +150,7 @@ class Store:
     def namespaces(self) -> list[bytes]:
         """Digests of all namespaces with a readable manifest, in order."""
         out = []
-        with os.scandir(self._root) as it:
-            names = sorted(e.name for e in it if is_ns(e.name))
-        for name in names:
+        for name in sorted(filter(is_ns, files.names_in(self._root))):
             with contextlib.suppress(NamespaceNotFound, IdentityError):
                 self._drop_stale(bytes.fromhex(name))
                 self.manifest(bytes.fromhex(name))
@@ -241,10 +239,10 @@ class Store:
 
     def _drop_stale(self, ns: bytes) -> None:
         """Forget a namespace that another process has retired, before it is listed or anything is written to it."""
-        if ns in self._dirs:
+        if (fd := self._dirs.get(ns)) is not None:
             with contextlib.suppress(FileNotFoundError):
                 there = os.stat(ns.hex(), dir_fd=self._root, follow_symlinks=False)
-                if os.path.samestat(there, os.fstat(self._dirs[ns])):
+                if os.path.samestat(there, os.fstat(fd)):
                     return
             self._forget(ns)
 
@@ -295,9 +293,15 @@ class Store:
 
         return [mask(key) for key in keys]
 
+    def size(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> int | None:
+        """Bytes of a part's file of this form, as it is now; None if there is none."""
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return os.lstat(self.path / ns.hex() / part_path(key, part, coded)).st_size
+        return None
+
     def scan(self, ns: bytes) -> Iterator[Found]:
         """Every part file of a namespace, of both forms, by listing; foreign names are skipped."""
-        for leaf in filter(is_leaf, os.listdir(self._ns_dir(ns))):
+        for leaf in filter(is_leaf, files.names_in(self._ns_dir(ns))):
             yield from self.scan_leaf(ns, leaf)
 
     def scan_leaf(self, ns: bytes, leaf: str) -> Iterator[Found]:

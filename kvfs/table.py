@@ -1,6 +1,7 @@
 """The chunks of one namespace as the index knows them: rows, and in which forms their parts are stored."""
 
 import functools
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ from kvfs.chunk import layout
 from kvfs.codec import FORMS
 from kvfs.identity import Manifest
 from kvfs.rows import ENDS, Order, Rows, view
+
+TURNS = 64
+"""Locks of a namespace (`Index.turn`), each for a share of its chunks."""
 
 __all__ = ["Forms", "Row", "Table", "Victim"]
 
@@ -65,6 +69,13 @@ class Table(Rows):
         self.manifest = manifest
         self.kinds = [manifest.mask_of(kind.name) for kind in manifest.kinds]
         self.partial: dict[bytes, float] = {}
+        self.turns = [threading.Lock() for _ in range(TURNS)]
+
+    def wait(self) -> None:
+        """Until all who have a turn now have ended it."""
+        for turn in self.turns:
+            with turn:
+                pass
 
     def restore(self, dumped: dict[str, bytes]) -> None:
         """As `Rows.restore`; ValueError too for parts that the namespace does not have."""
@@ -75,6 +86,11 @@ class Table(Rows):
                 if self.mask[i] & ~whole:
                     raise ValueError("a part that the namespace does not have")
                 self.watch(key, self.mask[i])
+
+    def files(self) -> dict[tuple[bytes, bool], int]:
+        """By key and form (True: coded), the parts whose files are known."""
+        rows = [(key, i) for key, i in self.number.items() if self.mask[i]]
+        return {(key, coded): form[i] for coded, form in ((False, self.raw), (True, self.coded)) for key, i in rows}
 
     def missing(self, mask: int) -> int:
         """The parts present that are of no use, as others of their kind are not there."""

@@ -1,9 +1,11 @@
 """The index: rows follow the tree, a snapshot is quick and disposable, a chunk costs little memory."""
 
+import dataclasses
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -124,6 +126,25 @@ def test_a_namespace_that_another_process_made_anew_is_listed_as_it_is(store: St
         put(other, key)
     index.reconcile()
     assert index.keys(NS) == [key]
+
+
+def test_a_namespace_that_comes_disturbs_nobody_who_goes_through_all(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, other = Index(store), dataclasses.replace(MANIFEST, weights="ef" * 32)
+    index.register(NS)
+    store.register(other)
+    thread = threading.Thread(target=lambda: index.register(other.ns))
+
+    def meanwhile() -> list[bytes]:
+        thread.start()
+        thread.join(0.3)  # by then it has come, unless it has to wait
+        return []
+
+    monkeypatch.setattr(index._tables[NS], "pinned", meanwhile)
+    assert index.pinned() == []
+    thread.join(5)
+    assert index.namespaces() == sorted([NS, other.ns])
 
 
 @pytest.mark.parametrize("policy", POLICIES)

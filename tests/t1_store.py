@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ from kvfs.errors import (
     StoreReadOnly,
 )
 from kvfs.identity import PartId
-from kvfs.names import part_path
+from kvfs.names import is_ns, part_path
 from kvfs.store import Store
 from tests.samples import MANIFEST, new_key, new_store, payload, put
 
@@ -181,6 +182,34 @@ def test_a_namespace_retired_by_another_process_can_be_registered_again(store: S
     put(store, key)
     with Store.open(store.path) as other:
         assert other.masks(NS, [key]) == [MANIFEST.all_parts]
+
+
+def test_two_who_list_at_the_same_time_both_see_everything(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[bytes]] = []
+
+    def in_between(name: str) -> bool:
+        monkeypatch.undo()
+        seen.append(store.namespaces())
+        return is_ns(name)
+
+    monkeypatch.setattr("kvfs.store.is_ns", in_between)
+    assert store.namespaces() == [NS]
+    assert seen
+    assert all(each == [NS] for each in seen)
+
+
+def test_a_namespace_may_be_retired_while_it_is_listed(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.stat
+
+    def stat_and_retire(*args: Any, **kwargs: Any) -> os.stat_result:
+        monkeypatch.undo()
+        found = real(*args, **kwargs)
+        store.retire(NS)
+        return found
+
+    store.reserve(NS)  # a descriptor of its folder is kept
+    monkeypatch.setattr(os, "stat", stat_and_retire)
+    assert store.namespaces() == []
 
 
 def test_temps_of_dead_writers_are_reaped(store: Store) -> None:

@@ -9,15 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvfs.daemon.catalog import Catalog
-from kvfs.errors import (
-    ChunkCorrupt,
-    ChunkNotFound,
-    IdentityError,
-    NamespaceNotFound,
-    StoreBusy,
-    StoreFull,
-    StoreReadOnly,
-)
+from kvfs.errors import ChunkCorrupt, ChunkNotFound, NamespaceNotFound, StoreBusy, StoreFull, StoreReadOnly
 from kvfs.identity import PartId
 from kvfs.store import Store
 from kvfs.upkeep.leases import Leases
@@ -200,14 +192,11 @@ def test_a_leased_chunk_is_not_removed(catalog: Catalog, store: Store) -> None:
     assert catalog.remove_chunk(NS, key)
 
 
-def test_a_file_copied_in_is_admitted_under_its_name(catalog: Catalog) -> None:
+def test_a_file_is_published_only_as_what_it_is(catalog: Catalog) -> None:
     key = new_key()
-    name = f"{key.hex()}.full.h0.safetensors"
-    assert catalog.import_file(NS, temp_of(catalog, key), name)
+    assert catalog.publish_file(NS, temp_of(catalog, key), key, FULL0)
     with pytest.raises(ChunkCorrupt, match="wrong-key"):
-        catalog.import_file(NS, temp_of(catalog, new_key()), name)
-    with pytest.raises(IdentityError):
-        catalog.import_file(NS, temp_of(catalog, key), "notes.txt")
+        catalog.publish_file(NS, temp_of(catalog, new_key()), key, FULL0)
     assert os.listdir(catalog.store.path / MANIFEST.ns_hex / "tmp") == []
     assert catalog.stats()["drops"] == 1
 

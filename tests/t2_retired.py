@@ -20,7 +20,7 @@ def path(tmp_path: Path) -> Path:
     """A store in which a namespace was about to go, and one is in use."""
     with new_store(tmp_path / "store") as store:
         put(store, new_key())
-        (store.path / MANIFEST.ns_hex).rename(store.derived / retired.name_for(MANIFEST.ns))
+        (store.path / MANIFEST.ns_hex).rename(store.derived / retired.name_for(MANIFEST.ns_hex))
         store.register(MANIFEST)
         put(store, new_key())
     return tmp_path / "store"

@@ -81,6 +81,14 @@ class Machine(RuleBasedStateMachine):
         assert key not in self.held(space), f"{key.hex()[:12]} is gone though somebody holds it"
         space.drop(key)
 
+    def found(self, space: Space, key: bytes) -> None:
+        """The daemon has met damage before a reader did, as it reads headers of what a listing has found: then it is a
+        miss already, and nothing else is."""
+        for part in set(space.chunks[key].bad):
+            space.chunks[key].bad.discard(part)
+            space.drop(key, part)
+        self.look(space)
+
     def look(self, space: Space) -> None:
         """What a lookup of everything shows, beside the dictionary."""
         keys = list(space.chunks)
@@ -141,7 +149,7 @@ class Machine(RuleBasedStateMachine):
                 refs = [(key, part) for part in sorted(space.chunks[key].parts)]
                 lease = self.bed.ask(lambda: self.client.lease(space.ns, refs, timeout=5.0))
             except ChunkNotFound:
-                self.missed(space, key)
+                self.found(space, key) if space.chunks[key].bad else self.missed(space, key)
                 return
             with lease:
                 self.read(space, lease)

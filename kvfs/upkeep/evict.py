@@ -245,11 +245,12 @@ class Evictor:
             for ns, victim in self._victims(namespaces):
                 if freed >= goal or busy >= PATIENCE or not self.office.epoch:
                     break
-                if self._remove(ns, victim, reason):
-                    chunks, freed = chunks + 1, freed + victim.size
-                else:
-                    busy += 1
-                    self.index.spare(ns, victim.key)
+                with contextlib.suppress(NamespaceNotFound):  # retired meanwhile
+                    if (gone := self._remove(ns, victim.key, reason)) is not None:
+                        chunks, freed = chunks + 1, freed + gone.size
+                    else:
+                        busy += 1
+                        self.index.spare(ns, victim.key)
         if chunks:
             log.debug("evicted %d chunks, %d bytes (%s)", chunks, freed, reason)
         return Freed(chunks, freed)
@@ -273,13 +274,13 @@ class Evictor:
             return self.index.victim(ns)
         return None
 
-    def _remove(self, ns: bytes, victim: Victim, reason: str) -> bool:
-        """Remove a chunk unless somebody holds or continues it."""
-        with contextlib.suppress(StoreBusy), self.leases.removing(ns, victim.key):
-            if (epoch := self.office.epoch) and self.index.evict(ns, victim.key):
-                self._unlink(ns, victim.key, victim.mask, reason, epoch)
-                return True
-        return False
+    def _remove(self, ns: bytes, key: bytes, reason: str) -> Victim | None:
+        """Remove a chunk unless somebody holds or continues it; what went."""
+        with contextlib.suppress(StoreBusy), self.leases.removing(ns, key), self.index.turn(ns, key):
+            if (epoch := self.office.epoch) and (gone := self.index.evict(ns, key)) is not None:
+                self._unlink(ns, key, gone.mask, reason, epoch)
+                return gone
+        return None
 
     def _unlink(self, ns: bytes, key: bytes, mask: int, reason: str, epoch: int) -> None:
         manifest = self.store.manifest(ns)
@@ -290,7 +291,7 @@ class Evictor:
         """Remove what is of no use by itself: some head slices of a kind, without the others."""
         manifest, folder = self.store.manifest(ns), self.store.path / ns.hex()
         for key, mask in self.index.partial(ns, PARTIAL):
-            with contextlib.suppress(StoreBusy), self.leases.removing(ns, key):
+            with contextlib.suppress(StoreBusy), self.leases.removing(ns, key), self.index.turn(ns, key):
                 if not (epoch := self.office.epoch):
                     return
                 for part, coded in itertools.product(manifest.parts, (False, True)):
@@ -304,7 +305,7 @@ class Evictor:
         if self.config.ttl is not None:
             idle, self._sweeps[ns] = self.index.idle(ns, self._sweeps.get(ns, 0), SWEEP, time.time() - self.config.ttl)
             for victim in idle:
-                self._remove(ns, victim, "ttl")
+                self._remove(ns, victim.key, "ttl")
 
     def _learn(self, ns: bytes, count: int) -> bool:
         """Read headers of chunks that a listing has found; False if there are none left to read."""

@@ -175,17 +175,21 @@ class _Work:
 
     def _correct(self, found: Difference) -> None:
         ns, key, part, coded, is_there = found
-        if is_there:
-            with contextlib.suppress(ChunkNotFound, ChunkCorrupt):
-                meta, size = self._verifier.peek(ns, key, part, coded)
-                self.index.add(ns, key, part, size, meta, coded)
-        else:
-            self.index.discard(ns, key, part, coded=coded)
+        with self.index.turn(ns, key):
+            if is_there:
+                with contextlib.suppress(ChunkNotFound, ChunkCorrupt):
+                    meta, size = self._verifier.peek(ns, key, part, coded)
+                    self.index.add(ns, key, part, size, meta, coded)
+            elif self._store.size(ns, key, part, coded) is None:
+                self.index.discard(ns, key, part, coded=coded)
 
     def _evicted(self, ns: bytes, key: bytes, _mask: int, _reason: str) -> None:
         self._bulletin.changed(ns, key)
 
     def _lost(self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool) -> None:
-        if isinstance(error, ChunkCorrupt):
-            self._verifier.quarantine(ns, key, part, error, coded)
-        self.index.discard(ns, key, part, coded=coded)
+        with self.index.turn(ns, key):
+            if isinstance(error, ChunkCorrupt):
+                self._verifier.quarantine(ns, key, part, error, coded)
+            elif self._store.size(ns, key, part, coded) is not None:
+                return
+            self.index.discard(ns, key, part, coded=coded)
