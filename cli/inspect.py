@@ -214,15 +214,11 @@ def list_namespaces(target: Target, as_json: bool) -> None:
 @render.json_option
 def show(key: str, at: Path | None, as_json: bool) -> None:
     """Show the chunk whose key begins with KEY: what each of its parts says of itself."""
-    from kvfs.names import leaf_name
-
     target = resolve(at)
     ns, found = target.find_chunk(key)
-    chunk = next((each for each in target.chunks(ns, leaf_name(found)) if each.key == found), None)
-    if chunk is None:  # removed since it was found
-        raise ChunkNotFound(key)
+    chunk = target.chunk(ns, found)
     manifest = target.store.manifest(ns)
-    headers = {str(part): part_json(target, ns, found, part) for part in manifest.parts}
+    headers = {str(part): part_json(target, ns, chunk, part) for part in manifest.parts}
     if as_json:
         render.emit({**chunk_json(chunk), "ns": ns.hex(), "name": target.name(ns), "parts": headers})
         return
@@ -250,12 +246,12 @@ def show(key: str, at: Path | None, as_json: bool) -> None:
     )
 
 
-def part_json(target: Target, ns: bytes, key: bytes, part: PartId) -> dict[str, Any]:
+def part_json(target: Target, ns: bytes, chunk: Chunk, part: PartId) -> dict[str, Any]:
     """Return what the header of a part says, or why it cannot be read."""
     from kvfs.coded import open_stored
 
     try:
-        file = open_stored(target.store, ns, key, part)
+        file = open_stored(target.store, ns, chunk.key, part)
     except ChunkNotFound:
         return {"error": "missing"}
     except ChunkCorrupt as error:
@@ -263,7 +259,7 @@ def part_json(target: Target, ns: bytes, key: bytes, part: PartId) -> dict[str, 
     with file:
         header = file.header
     return {
-        "bytes": target.stored(ns, key, part),
+        "bytes": chunk.parts.get(part, 0),
         "parent": header.meta.parent.hex(),
         "position": header.meta.position,
         "tokens": header.meta.tokens,

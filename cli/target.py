@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from kvfs.errors import ChunkCorrupt, ChunkNotFound, ConfigError, NamespaceNotFo
 if TYPE_CHECKING:
     from kvfs.client import Client
     from kvfs.identity import PartId
-    from kvfs.store import Store
+    from kvfs.store import Found, Store
 
 MIN_PREFIX = 4
 """Fewest digits that are taken for the beginning of a key or a namespace."""
@@ -65,7 +65,7 @@ class Usage:
     pinned: bool = False
 
 
-Remember = Callable[[bytes, bytes, "PartId"], Usage]
+Remember = Callable[[bytes, bytes], Usage]
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,8 @@ class Target:
 
     @cached_property
     def remember(self) -> Remember:
-        """What tells how a chunk was used."""
-        return from_xattrs(self.store) if self.mounted else from_snapshot(self.store)
+        """What tells how a chunk of a bare store was used."""
+        return from_snapshot(self.store)
 
     @contextlib.contextmanager
     def client(self) -> Iterator[Client]:
@@ -141,29 +141,52 @@ class Target:
             raise ConfigError(f"{word} is a key in {len(found)} namespaces")
         return next((ns, key) for ns, key in found if key == only([key for _, key in found], word))
 
-    def chunks(self, ns: bytes, leaf: str | None = None) -> list[Chunk]:
-        """Return the chunks of a namespace (or of one of its leaf folders), the last used first."""
+    def chunks(self, ns: bytes) -> list[Chunk]:
+        """Return the chunks of a namespace, the last used first."""
+        chunks = self.told(ns, None) if self.mounted else self.listed(ns, self.store.scan(ns))
+        return sorted(chunks, key=lambda chunk: (-chunk.last, chunk.key))
+
+    def chunk(self, ns: bytes, key: bytes) -> Chunk:
+        """Return one chunk; ChunkNotFound."""
+        from kvfs.names import leaf_name
+
+        same = (found for found in self.store.scan_leaf(ns, leaf_name(key)) if found.key == key)
+        for chunk in self.told(ns, [key]) if self.mounted else self.listed(ns, same):
+            return chunk
+        raise ChunkNotFound(key.hex())
+
+    def told(self, ns: bytes, keys: list[bytes] | None) -> Iterator[Chunk]:
+        """Yield what the daemon tells of chunks, by default of all: a look at each file through the mount takes far
+        longer."""
+        from kvfs.client import MountClient
+        from kvfs.identity import PartId
+
+        with MountClient(self.path) as client:
+            keys = client.keys(ns) if keys is None else keys
+            for key, told in zip(keys, client.describe(ns, keys), strict=True):
+                if told is not None:
+                    sizes = {PartId.parse(name): size for name, size in told["parts"].items()}
+                    used = told["hits"], float(told["last_use"]), told["pinned"]
+                    yield Chunk(key, sizes, told["tokens"], told["form"], *used)
+
+    def listed(self, ns: bytes, files: Iterable[Found]) -> Iterator[Chunk]:
+        """Yield the chunks that files of a bare store belong to."""
         parts: dict[bytes, set[PartId]] = defaultdict(set)
-        for found in self.store.scan(ns) if leaf is None else self.store.scan_leaf(ns, leaf):
+        for found in files:
             parts[found.key].add(found.part)
-        chunks = []
         for key, present in parts.items():
             part = min(present)
-            usage = self.remember(ns, key, part)
+            usage = self.remember(ns, key)
             known = usage.tokens and usage.form
             tokens, form = (usage.tokens, usage.form) if known else self.header(ns, key, part)
             sizes = {each: self.stored(ns, key, each) for each in present}
-            chunks.append(Chunk(key, sizes, tokens, form, usage.hits, usage.last, usage.pinned))
-        return sorted(chunks, key=lambda chunk: (-chunk.last, chunk.key))
+            yield Chunk(key, sizes, tokens, form, usage.hits, usage.last, usage.pinned)
 
     def stored(self, ns: bytes, key: bytes, part: PartId) -> int:
-        """Return the bytes that a part takes on disk, in all its forms; 0 if it is gone meanwhile."""
+        """Return the bytes that a part of a bare store takes, in all its forms; 0 if it is gone meanwhile."""
         from kvfs.names import part_path
 
         folder, size = self.path / ns.hex(), 0
-        with contextlib.suppress(FileNotFoundError):
-            if self.mounted:
-                return int(os.getxattr(folder / part_path(key, part), "user.kvfs.stored"))
         for coded in (False, True):
             with contextlib.suppress(FileNotFoundError):
                 size += os.lstat(folder / part_path(key, part, coded)).st_size
@@ -195,28 +218,9 @@ def from_snapshot(store: Store) -> Remember:
     index = Index(store)
     index.load()
 
-    def remember(ns: bytes, key: bytes, _: PartId) -> Usage:
+    def remember(ns: bytes, key: bytes) -> Usage:
         row = index.get(ns, key)
         return Usage(row.tokens, "raw" if row.raw else "", row.hits, row.last, row.pinned) if row else Usage()
-
-    return remember
-
-
-def from_xattrs(mounted: Store) -> Remember:
-    """Remember from the extended attributes that a mount shows."""
-    from kvfs.names import part_path
-
-    def remember(ns: bytes, key: bytes, part: PartId) -> Usage:
-        path = mounted.path / ns.hex() / part_path(key, part)
-
-        def attribute(name: str) -> str:
-            return os.getxattr(path, f"user.kvfs.{name}").decode()
-
-        try:
-            tokens, hits, last = int(attribute("tokens")), int(attribute("hits")), float(attribute("last_hit"))
-            return Usage(tokens, attribute("form"), hits, last, attribute("pinned") == "1")
-        except FileNotFoundError:  # removed meanwhile
-            return Usage()
 
     return remember
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import kvfs
 from kvfs import codec
 from kvfs.daemon.catalog import Catalog
+from kvfs.daemon.facts import describe
 from kvfs.errors import (
     DaemonUnavailable,
     DeadlineExceeded,
@@ -49,6 +50,8 @@ SWEEP = 30
 """Seconds, at most, that one request to compact is worked on."""
 MAX_OWING = 64
 """Connections, at most, with descriptors on their way that were not taken."""
+PAGE = 4096
+"""Rows of the index looked at for a page of keys: lookups wait meanwhile."""
 BRINGING = frozenset({"lease", "reserve"})
 """Verbs whose answers bring descriptors."""
 
@@ -311,6 +314,13 @@ class _Connection:
 
     def _stats(self) -> Answer:
         return _document(self.catalog.stats() | self._server.rules.about())
+
+    def _keys(self, ns: bytes, begin: int) -> Answer:
+        page = self.catalog.index.page(ns, begin, PAGE)
+        return {"keys": b"".join(page.keys), "next": page.next, "table": page.table}, []
+
+    def _describe(self, ns: bytes, keys: bytes) -> Answer:
+        return _document({"chunks": [describe(self.catalog, ns, key) for key in split_keys(keys)]})
 
     def _touch(self, ns: bytes, keys: bytes) -> Answer:
         self.catalog.touch(ns, split_keys(keys))

@@ -29,7 +29,7 @@ def stored_files(store: Store, ns: bytes, key: bytes, part: PartId) -> dict[bool
     found = {}
     for coded in (False, True):
         with contextlib.suppress(FileNotFoundError):
-            found[coded] = os.lstat(store.path / ns.hex() / part_path(key, part, coded))
+            found[coded] = os.lstat(f"{store.path}/{ns.hex()}/{part_path(key, part, coded)}")  # often: no Path is made
     return found
 
 

@@ -25,8 +25,14 @@ __all__ = ["CodedFile", "form_of", "open_coded", "open_stored", "read_all", "rea
 
 NOEXEC_SEAL = 8
 """MFD_NOEXEC_SEAL, Linux 6.3: not to be executed, may be sealed."""
-_FORM, _FORM_WITHIN = re.compile(rb'"kvfs.form":"([a-z0-9.-]+)"'), 1024
-"""What tells the form of a part, and the bytes it lies within."""
+_START = re.compile(
+    rb'.{8}{"__metadata__":{"kvfs\.format":"1","kvfs\.ns":"(?P<ns>[0-9a-f]{64})","kvfs\.key":"(?P<key>[0-9a-f]{64})",'
+    rb'[^{}]*"kvfs\.part":"(?P<part>[a-z0-9.]+)","kvfs\.form":"(?P<form>[a-z0-9.-]+)",'
+    rb'"kvfs\.fidelity":"(?P<fidelity>[a-z]+)"',
+    re.DOTALL,
+)
+_STARTS_WITHIN = 1024
+"""What says which part a file is, and the bytes it lies within."""
 _FIRST = 16384
 """Bytes that hold header and index of nearly every coded part."""
 
@@ -111,16 +117,20 @@ def read_coded_header(fd: int, name: str = "?") -> CodedPart:
     return _parse(fd, MAX_HEADER + MAX_INDEX, name)
 
 
-def form_of(fd: int, name: str = "?") -> str:
-    """Which form an open coded part says that it has, unread and unchecked but for that.  ChunkCorrupt ``header`` if it
-    does not say one, and ``unreadable``."""
+def form_of(fd: int, manifest: Manifest, key: bytes, part: PartId) -> str:
+    """Which form an open file says that it is of part ``part`` of chunk ``key``; its index is not read, nor its header
+    verified.  ChunkCorrupt ``header`` for what no coded part begins with, ``unreadable``, and as `CodedPart.expect`."""
+    name = f"{key.hex()}.{part}"
     try:
-        start = os.pread(fd, _FORM_WITHIN, 0)
+        start = _START.match(os.pread(fd, _STARTS_WITHIN, 0))
     except OSError as e:
         raise from_read_error(e, name) from e
-    found = _FORM.search(start)
-    if found is None or (form := found[1].decode()) not in FORMS[1:]:
+    if start is None or (form := start["form"].decode()) not in FORMS[1:]:
         raise ChunkCorrupt(name, "header", "not the header of a coded part")
+    wanted = {"ns": manifest.ns_hex, "key": key.hex(), "part": str(part), "fidelity": manifest.fidelity}
+    for what, wants in wanted.items():
+        if (has := start[what].decode()) != wants:
+            raise ChunkCorrupt(name, f"wrong-{what}", f"its header says {has}, expected {wants}")
     return form
 
 

@@ -21,7 +21,7 @@ from kvfs.errors import IdentityError, NamespaceNotFound
 from kvfs.identity import PartId
 from kvfs.rows import NONE, PINNED, Order, Rows
 from kvfs.store import Store
-from kvfs.table import TURNS, Forms, Row, Table, Victim
+from kvfs.table import TURNS, Forms, Page, Row, Table, Victim
 
 __all__ = ["Index", "Row", "Victim"]
 
@@ -79,11 +79,11 @@ class Index:
             is_pinned = bool(t.flags[i] & PINNED)
             return Row(t.mask[i], t.size[i], t.hits[i], last, t.tokens[i], is_pinned, t.raw[i], t.coded[i])
 
-    def keys(self, ns: bytes) -> list[bytes]:
-        """All keys of a namespace."""
+    def page(self, ns: bytes, begin: int, count: int) -> Page:
+        """The keys found in up to ``count`` rows from number ``begin`` on."""
         t = self._table(ns)
         with self._lock:
-            return [key for key, i in t.number.items() if t.mask[i]]
+            return t.page(begin, count)
 
     def namespaces(self) -> list[bytes]:
         with self._lock:

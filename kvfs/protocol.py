@@ -22,6 +22,7 @@ from kvfs.errors import DeadlineExceeded, KvfsError, ProtocolError
 
 __all__ = [
     "KEY_BYTES",
+    "MAX_DESCRIBED",
     "MAX_FDS",
     "MAX_FRAME",
     "MAX_KEYS",
@@ -43,6 +44,8 @@ MAX_FDS = 250
 KEY_BYTES = 32
 MAX_KEYS = 16384
 """Keys of one lookup; a client asks for more in several."""
+MAX_DESCRIBED = 128
+"""Chunks described in one answer: with 64 parts each that fits into a document."""
 MAX_DOCUMENT = 512 * 1024
 MAX_TEXT = 512
 MAX_NAMES = 64
@@ -62,6 +65,10 @@ def _key(v: Any) -> bool:
 
 def _keys(v: Any) -> bool:
     return type(v) is bytes and len(v) % KEY_BYTES == 0 and len(v) <= MAX_KEYS * KEY_BYTES
+
+
+def _few_keys(v: Any) -> bool:
+    return _keys(v) and len(v) <= MAX_DESCRIBED * KEY_BYTES
 
 
 def _blob(v: Any) -> bool:
@@ -128,6 +135,11 @@ VERBS: Mapping[str, Verb] = {
         {"ns": _key, "keys": _keys, "manifest": _document}, {"document": _document}, frozenset({"manifest"})
     ),
     "stats": Verb({}, {"document": _document}),
+    # Keys of a namespace, a page a request: `begin` with 0, go on with what was `next`, until that is 0 again; all anew
+    # when `table` is another.
+    "keys": Verb({"ns": _key, "begin": _count}, {"keys": _keys, "next": _count, "table": _count}),
+    # What is known of chunks: `chunks`, in the order of the keys; null for one that is gone.
+    "describe": Verb({"ns": _key, "keys": _few_keys}, {"document": _document}),
     "touch": Verb({"ns": _key, "keys": _keys}, {}),
     "remove": Verb({"ns": _key, "key": _key}, {"removed": _flag}),
     "retire": Verb({"ns": _key}, {"chunks": _count}),

@@ -17,7 +17,7 @@ from kvfs.rows import ENDS, Order, Rows, view
 TURNS = 64
 """Locks of a namespace (`Index.turn`), each for a share of its chunks."""
 
-__all__ = ["Forms", "Row", "Table", "Victim"]
+__all__ = ["Forms", "Page", "Row", "Table", "Victim"]
 
 
 class Row(NamedTuple):
@@ -44,6 +44,15 @@ class Victim(NamedTuple):
     stamp: int
 
 
+class Page(NamedTuple):
+    """Keys of some rows, the row to go on with (0: there are no more), and whose rows they are: another table, as a
+    restart makes one, numbers them anew."""
+
+    keys: list[bytes]
+    next: int
+    table: int
+
+
 class Forms(NamedTuple):
     """Bytes of raw and of coded files, bytes that coded parts take less than their raw forms would (of those whose
     header has been read), and chunks by the coarsest form that they were brought to."""
@@ -67,6 +76,7 @@ class Table(Rows):
     def __init__(self, manifest: Manifest, order: Callable[[Rows], Order] | None) -> None:
         super().__init__(order)
         self.manifest = manifest
+        self.born = time.time_ns()
         self.kinds = [manifest.mask_of(kind.name) for kind in manifest.kinds]
         self.partial: dict[bytes, float] = {}
         self.turns = [threading.Lock() for _ in range(TURNS)]
@@ -101,6 +111,12 @@ class Table(Rows):
         self.partial.pop(key, None)
         if self.missing(mask):
             self.partial[key] = time.monotonic()
+
+    def page(self, begin: int, count: int) -> Page:
+        """The chunks that are there in up to ``count`` rows from number ``begin`` on."""
+        end = min(begin + count, len(self.keys))
+        rows = zip(self.keys[begin:end], self.mask[begin:end], strict=True)
+        return Page([key for key, mask in rows if key is not None and mask], end % len(self.keys), self.born)
 
     def as_victim(self, i: int) -> Victim:
         """What is told of a row that may go."""

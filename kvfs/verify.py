@@ -89,11 +89,14 @@ class Verifier:
         return Opened(fd, self.is_verified(st), st.st_size, st.st_ino)
 
     def open_stored(self, ns: bytes, key: bytes, part: PartId) -> Opened:
-        """Open a part in its coded form, for somebody who checks what he reads.  As `open`; ChunkCorrupt ``header``."""
+        """Open a part in its coded form, for somebody who checks what he reads.  Raises as `open` and
+        `form_of`."""
         fd = self.store.open_part(ns, key, part, coded=True)
         try:
             st = os.fstat(fd)
-            return Opened(fd, self.is_verified(st), st.st_size, st.st_ino, form_of(fd, f"{key.hex()}.{part}"))
+            return Opened(
+                fd, self.is_verified(st), st.st_size, st.st_ino, form_of(fd, self.store.manifest(ns), key, part)
+            )
         except BaseException:
             os.close(fd)
             raise

@@ -205,11 +205,28 @@ def test_a_removed_part_is_passed_over(catalog: Catalog, store: Store) -> None:
 def test_the_rate_is_kept(catalog: Catalog, monkeypatch: pytest.MonkeyPatch, least: int, rate: int) -> None:
     """Small parts count as more than they are: they cost processor time."""
     monkeypatch.setattr(scrub, "LEAST", least)
+    monkeypatch.setattr(scrub, "RUN", rate // 16)
     begun = time.monotonic()
     with scrubbing(catalog, rate=rate):
         until(lambda: read_so_far(catalog) == ALL)
         took = time.monotonic() - begun
     assert 0.8 < took < 3
+
+
+def test_small_parts_are_read_in_runs(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of sixteen parts that count as 1 MiB each, nine are a run: one pause, as long as the rate asks for them."""
+    monkeypatch.setattr(scrub, "RUN", 17 << 19)
+    scrubber, pauses = Scrubber(catalog, 18 << 20), list[float]()
+    wait = scrubber._stop.wait
+
+    def pause(seconds: float) -> bool:
+        pauses.append(seconds)
+        return wait(seconds)
+
+    monkeypatch.setattr(scrubber._stop, "wait", pause)
+    assert all(scrubber.read_leaf(NS, leaf) for leaf in leaves(scrubber))
+    assert len(pauses) <= 1
+    assert all(0.4 < seconds < 0.6 for seconds in pauses)
 
 
 def test_it_waits_while_engines_are_at_work(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,9 @@ from kvfs import config, errors
 from kvfs.chunk import ALIGNMENT
 from kvfs.cli import mounts
 from kvfs.names import part_path
+from kvfs.store import Store
 from tests import samples
+from tests.mounted import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,12 +116,18 @@ def test_mount_8_helper(place: Path, mountpoint: Path) -> None:
 
 
 def test_a_mount_and_its_store_show_the_same(mounted: Path, place: Path) -> None:
-    through, bare = answer("ls", "--at", mounted), answer("ls", "--at", place)
-    assert through == bare
+    with Store.open(place) as store:
+        samples.put(store, bytes([2] * 32), *samples.MANIFEST.parts[2:], tokens=32, position=256)
+    until(lambda: answer("status", "--at", mounted)["chunks"] == 2)
+    assert answer("ls", "--at", mounted) == answer("ls", "--at", place)
+    assert answer("ls", "sample", "--at", mounted) == answer("ls", "sample", "--at", place)
+    assert kvfs("ls", "sample", "--at", mounted).stdout == kvfs("ls", "sample", "--at", place).stdout
+    removed = kvfs("show", "0303", "--at", mounted)
+    assert (removed.returncode, "0303" in removed.stderr) == (errors.ChunkNotFound.exit_code, True)
     assert answer("show", "0101", "--at", mounted)["parts"] == answer("show", "0101", "--at", place)["parts"]
     assert kvfs("ns", "show", "sample", "--at", mounted).stdout == kvfs("ns", "show", "sample", "--at", place).stdout
     stats = answer("status", "--at", mounted)
-    assert (stats["store"], stats["chunks"]) == (str(place), 1)
+    assert (stats["store"], stats["chunks"]) == (str(place), 2)
     assert f"{mounted}, up " in kvfs("status", "--at", mounted).stdout
 
 

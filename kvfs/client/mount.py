@@ -21,7 +21,7 @@ from kvfs.client.link import Call, Link
 from kvfs.codec import FORMS
 from kvfs.errors import DaemonUnavailable, KvfsError, ProtocolError
 from kvfs.identity import Manifest, PartId, Salts, canonical_json
-from kvfs.protocol import MAX_FDS, MAX_KEYS, Deadline, join_keys
+from kvfs.protocol import MAX_DESCRIBED, MAX_FDS, MAX_KEYS, Deadline, join_keys, split_keys
 
 __all__ = ["MountClient"]
 
@@ -269,6 +269,31 @@ class MountClient:
     def stats(self, timeout: float = 5.0) -> dict[str, Any]:
         """What the daemon holds and has counted since it started."""
         return self._document("stats", timeout)
+
+    def keys(self, ns: bytes, timeout: float = 5.0) -> list[bytes]:
+        """The keys of all chunks of a namespace, in no order; ``timeout`` is for a page of them.  NamespaceNotFound."""
+        found: dict[bytes, None] = {}
+        begin, table = 0, None
+        while table is None or begin:
+            page, _ = self._writes.call("keys", timeout, ns=ns, begin=begin)
+            if table not in {None, page["table"]}:  # the daemon has started anew, and counts differently
+                found, begin, table = {}, 0, None
+                continue
+            found |= dict.fromkeys(split_keys(page["keys"]))
+            begin, table = page["next"], page["table"]
+        return list(found)
+
+    def describe(self, ns: bytes, keys: Sequence[bytes], timeout: float = 5.0) -> list[dict[str, Any] | None]:
+        """What is known of each chunk: ``tokens``, ``form``, ``hits``, ``last_use``, ``pinned``, and the bytes of its
+        ``parts`` by name; None for one that is gone.  ``timeout`` is for each `MAX_DESCRIBED`.  NamespaceNotFound."""
+        told: list[dict[str, Any] | None] = []
+        for at in range(0, len(keys), MAX_DESCRIBED):
+            some = keys[at : at + MAX_DESCRIBED]
+            chunks = self._document("describe", timeout, ns=ns, keys=join_keys(some))["chunks"]
+            if len(chunks) != len(some):
+                raise ProtocolError(f"{len(chunks)} descriptions of {len(some)} chunks")
+            told += chunks
+        return told
 
     def _document(self, verb: str, timeout: float, **fields: Any) -> dict[str, Any]:
         document = json.loads(self._writes.call(verb, timeout, **fields)[0]["document"])
