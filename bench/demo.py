@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import subprocess
 import sys
 import tempfile
@@ -55,15 +54,8 @@ async def compare(engine: Engine, title: str, ids: list[int]) -> Row:
     return Row(title, len(ids), cold.ttft, warm.ttft, warm.cached, warm.tokens == cold.tokens)
 
 
-def leased_bytes(place: Path) -> int:
-    """Return how many bytes the daemon of a mount has lent to readers."""
-    told = subprocess.run([KVFS, "status", "--json", "--at", place], capture_output=True, check=True, timeout=30)
-    return int(json.loads(told.stdout)["metrics"]["kvfs_leased_bytes_total"])
-
-
 async def play(peer: Peer, store: Path, place: Path, model: Path, length: int, log: Path) -> tuple[list[Row], str]:
     """Run both engines. Return a row for each prompt, and what was stored and shared in words."""
-    mounted = place != store
     text = prompt(model, length, "A text that both engines read", 0)
     first, second = ([*text, *encode(model, q)[1:]] for q in QUESTIONS)
     say(f"engine 1 starts on {place}")
@@ -75,18 +67,18 @@ async def play(peer: Peer, store: Path, place: Path, model: Path, length: int, l
         await settle(store)
     stored = stored_bytes(store)
     say(f"engine 1 has ended; {stored / 1e6:.1f} MB are stored\n\nengine 2 starts on {place}")
-    async with running(peer, store, model, log) as engine:
+    async with running(peer, store, model, log, disable_log_stats=False) as engine:
         await engine.generate(prompt(model, 600, "warm-up", 2))
-        before = leased_bytes(place) if mounted else 0
+        before = await engine.loaded_bytes()
         warm = await engine.generate(first, ANSWER_TOKENS)
         await engine.forget()
-        shared = leased_bytes(place) - before if mounted else 0
+        shared = await engine.loaded_bytes() - before
         rows = [Row("the same prompt", len(first), answer.ttft, warm.ttft, warm.cached, warm.tokens == answer.tokens)]
         goes_on = [*first, *warm.tokens, *encode(model, FOLLOW_UP)[1:]]
         rows.append(await compare(engine, "same text, other question", second))
         rows.append(await compare(engine, "the conversation goes on", goes_on))
-    words = f"stored by engine 1: {stored / 1e6:.1f} MB"
-    return rows, f"{words}; of these engine 2 read for the same prompt: {shared / 1e6:.1f} MB" if mounted else words
+    words = f"stored by engine 1: {stored / 1e6:.1f} MB; of these"
+    return rows, f"{words} engine 2 loaded for the same prompt: {shared / 1e6:.1f} MB"
 
 
 def table(rows: list[Row]) -> str:
@@ -111,7 +103,7 @@ def show(*command: str) -> None:
 
 
 def can_mount(work: Path) -> str:
-    """Try a mount; return why it is refused, or nothing."""
+    """Try a mount; return why it is refused, in one line, or nothing."""
     (work / "probe.mnt").mkdir()
     subprocess.run([KVFS, "init", work / "probe"], check=True, stdout=subprocess.DEVNULL, timeout=30)
     tried = subprocess.run(
@@ -119,7 +111,9 @@ def can_mount(work: Path) -> str:
     )
     if tried.returncode == 0:
         subprocess.run([KVFS, "umount", work / "probe.mnt"], check=True, timeout=30)
-    return tried.stderr.strip() if tried.returncode else ""
+        return ""
+    logs = [line for path in (work / "probe" / ".kvfs").glob("daemon.*.log") for line in path.read_text().splitlines()]
+    return "; ".join([*tried.stderr.split("\n")[:1], *logs[-1:]])
 
 
 def main() -> None:

@@ -86,6 +86,10 @@ class Engine:
         """Generate greedily, exactly ``max_tokens`` tokens. ``transfer`` are the request's ``kv_transfer_params``."""
         return Answer(**await self._ask("generate", prompt=prompt, max_tokens=max_tokens, transfer=transfer))
 
+    async def loaded_bytes(self) -> int:
+        """Return the bytes that kvfs has put into the engine's blocks; for engines that do not disable_log_stats."""
+        return int((await self._ask("loaded"))["bytes"])
+
     async def forget(self) -> None:
         """Empty the engine's own prefix cache, so that only the connector's store can serve. Raises TimeoutError."""
         for _ in range(200):
@@ -163,6 +167,7 @@ async def read_lines(pipe: int) -> tuple[asyncio.StreamReader, asyncio.ReadTrans
 
 async def serve(requests: int, answers: int, options: dict[str, Any]) -> None:
     """Run the engine of this process until the parent closes its pipe."""
+    from prometheus_client import REGISTRY
     from vllm import SamplingParams
     from vllm.config import KVTransferConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -194,6 +199,9 @@ async def serve(requests: int, answers: int, options: dict[str, Any]) -> None:
         number, verb = request.pop("id"), request.pop("verb")
         if verb == "forget":
             result = {"done": await engine.reset_prefix_cache()}
+        elif verb == "loaded":
+            samples = (sample for metric in REGISTRY.collect() for sample in metric.samples)
+            result = {"bytes": sum(s.value for s in samples if s.name == "kvfs_hook_load_bytes_total")}
         else:
             result = await generate(number, **request)
         os.write(answers, json.dumps({"id": number, **result}).encode() + b"\n")

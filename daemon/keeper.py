@@ -143,6 +143,7 @@ def _use_kernel(config: Config, point: Path) -> bool:
         return True
     reason = libfuse.missing()
     if reason is None:
+        os.close(connection.open_device(point))  # fusermount3 opens it with the rights of its caller
         return False
     raise MountError(point, f"{reason}; engines can use the store without a mount: --store {config.store}")
 

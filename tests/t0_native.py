@@ -52,7 +52,7 @@ def test_load_scatter_and_gather_equal_numpy(layout: str, itemsize: int, tmp_pat
 
 
 def test_every_alignment_of_a_transpose_is_written_and_nothing_else() -> None:
-    for block, dim in ((128, 40), (96, 64), (33, 9)):
+    for block, dim in ((128, 40), (96, 64), (33, 9), (16, 36), (16, 9), (8, 40)):
         cache = Cache.make("transposed", 1, block, dim, 2)
         tensor = np.random.default_rng(0).integers(0, 2**16, (1, block, dim), np.uint16)
         case = Case([cache], [tensor], np.array([cache.op(0, block)]), np.array([[3]]), 0)

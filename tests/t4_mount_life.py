@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ import pytest
 
 from kvfs.config import Config
 from kvfs.daemon import keeper
-from kvfs.daemon.fuse import connection
+from kvfs.daemon.fuse import connection, libfuse
 from kvfs.daemon.notify import notify
 from kvfs.errors import MountError, NotAStore, StoreBusy
 from tests import samples
@@ -148,25 +149,32 @@ def test_what_cannot_be_mounted_says_why(store: Path, tmp_path: Path, mountpoint
     assert connection.mounted_at(mountpoint) is None
 
 
-def test_without_rights_it_says_what_to_do(store: Path, mountpoint: Path) -> None:
-    os.chmod(mountpoint.parent, 0o755)
-    for path in [store, *store.rglob("*")]:
-        os.chown(path, 65534, 65534)
-    os.chown(mountpoint, 65534, 65534)
-    pid = os.fork()
-    if pid == 0:  # a new interpreter might not be reachable for this user
-        os.chdir(mountpoint.parent)
-        os.setresgid(65534, 65534, 65534)
-        os.setresuid(65534, 65534, 65534)
-        os.environ["PATH"] = "/nowhere"
-        try:
-            keeper.mount(store, mountpoint, config=Config(), foreground=True)
-        except MountError as e:
-            os._exit(0 if "fusermount3" in str(e) and f"--store {store}" in str(e) else 1)
-        except PermissionError:
-            os._exit(2)  # the folder of the test is root's alone
-        os._exit(3)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in {0, 2}
+@pytest.mark.parametrize("lacking", ["fusermount3", "/dev/fuse"])
+def test_without_rights_it_says_what_to_do(lacking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # other users cannot reach that of the tests
+        store, mountpoint = Path(folder, "kv"), Path(folder, "mnt")
+        samples.new_store(store).close()
+        mountpoint.mkdir()
+        if lacking == "/dev/fuse":
+            assert libfuse.missing() is None  # and is loaded: a new interpreter might not be reachable for this user
+            monkeypatch.setattr(connection, "DEVICE", Path(folder, "fuse"))
+            connection.DEVICE.touch(0o600)
+        else:
+            monkeypatch.setenv("PATH", "/nowhere")
+        for path in [Path(folder), mountpoint, store, *store.rglob("*")]:
+            os.chown(path, 65534, 65534)
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(folder)
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            try:
+                keeper.mount(store, mountpoint, config=Config(), foreground=True)
+            except MountError as e:
+                os._exit(0 if lacking in str(e) or f"{connection.DEVICE}: Permission denied" in str(e) else 1)
+            finally:
+                os._exit(3)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_the_service_manager_is_told(

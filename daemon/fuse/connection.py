@@ -107,6 +107,18 @@ def options(config: Config) -> list[str]:
     return [*(word for word in DEFAULT_OPTIONS if word not in given), *given]
 
 
+def open_device(point: Path) -> int:
+    """A new connection to the kernel, for a mount at ``point``. Raises MountError with what to do."""
+    try:
+        return os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError as e:
+        hint = "as root, chmod 0666 it, or allow the device in the container's cgroup"
+        raise MountError(point, f"{DEVICE}: {e.strerror}; {hint}") from None
+    except OSError as e:
+        hint = "load the fuse module, or pass the device into the container"
+        raise MountError(point, f"{DEVICE}: {e.strerror}; {hint}") from None
+
+
 def mount(point: Path, source: Path, options: Iterable[str]) -> int:
     """Mount a new FUSE connection on ``point`` and return its descriptor, capabilities not yet agreed.
 
@@ -124,12 +136,7 @@ def mount(point: Path, source: Path, options: Iterable[str]) -> int:
             fstype = f"fuse.{value}"
         else:
             data.append(option)
-    try:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as e:
-        raise MountError(
-            point, f"{DEVICE}: {e.strerror}; load the fuse module, or pass the device into the container"
-        ) from None
+    fd = open_device(point)
     words = [f"fd={fd},rootmode=40000,user_id={os.getuid()},group_id={os.getgid()}", *data]
     if _libc.mount(shown.encode(), os.fsencode(point), fstype.encode(), flags, ",".join(words).encode()) != 0:
         code = ctypes.get_errno()

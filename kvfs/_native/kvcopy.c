@@ -127,25 +127,34 @@ static void transpose_ragged(char *dst, int64_t to, const char *src, int64_t fro
     strided16(dst + c8 * to, to_pitch, src + 2 * c8, from_pitch, rows, cols - c8);
 }
 
-/* Splits a transpose into the rows before dst's first cache line, those that fill lines, and the rest. */
+/* The widest kernel that this CPU has and the rows fill; rows and cols must be multiples of 8. */
+static void transpose_even(char *dst, int64_t to, const char *src, int64_t from, int64_t rows, int64_t cols,
+                           bool stream)
+{
+#if defined(__x86_64__)
+    if (isa_current == ISA_AVX512 && rows % 32 == 0)
+        transpose32(dst, to, src, from, rows, cols, stream);
+    else if (isa_current >= ISA_AVX2 && rows % 16 == 0)
+        transpose16(dst, to, src, from, rows, cols, stream);
+    else
+#endif
+        transpose8(dst, to, src, from, rows, cols, stream);
+}
+
+/* Splits a transpose into the rows before dst's first cache line, those that fill lines, and the rest. Columns of 8 or
+ * 16 rows without a gap between them (whole pages of so many tokens) fill lines together: those are not split. */
 static void transpose(char *dst, int64_t to, const char *src, int64_t from, int64_t rows, int64_t cols)
 {
+    const bool packed = to == 2 * rows && (rows == 8 || rows == 16) && (uintptr_t)dst % CACHE_LINE == 0;
     int64_t lead = (int64_t)(-(uintptr_t)dst % CACHE_LINE / 2), c8 = cols - cols % 8;
     lead = to % CACHE_LINE || lead > rows ? 0 : lead;
-    const int64_t lines = (rows - lead) - (rows - lead) % (CACHE_LINE / 2), tail = lead + lines;
+    const int64_t lines = packed ? rows : (rows - lead) - (rows - lead) % (CACHE_LINE / 2), tail = lead + lines;
     char *d = dst + 2 * lead;
     const char *s = src + lead * from;
 
-    bool stream = ((uintptr_t)d | (uintptr_t)to) % CACHE_LINE == 0;
+    bool stream = packed || ((uintptr_t)d | (uintptr_t)to) % CACHE_LINE == 0;
     transpose_ragged(dst, to, src, from, lead, cols);
-#if defined(__x86_64__)
-    if (isa_current == ISA_AVX512)
-        transpose32(d, to, s, from, lines, c8, stream);
-    else if (isa_current == ISA_AVX2)
-        transpose16(d, to, s, from, lines, c8, stream);
-    else
-#endif
-        transpose8(d, to, s, from, lines, c8, stream);
+    transpose_even(d, to, s, from, lines, c8, stream);
     transpose_ragged(d + c8 * to, to, s + 2 * c8, from, lines, cols - c8);
     transpose_ragged(dst + 2 * tail, to, src + tail * from, from, rows - tail, cols);
 }
