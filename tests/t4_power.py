@@ -12,7 +12,8 @@ from tests.torture import LONG, SEED, report, size, torture
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = [*torture(), guest.needs_guest]
+LACKS = guest.missing("dmsetup", "insmod", "mkfs.ext4")
+pytestmark = [*torture(), pytest.mark.skipif(LACKS is not None, reason=f"{LACKS} is not installed")]
 
 CUTS = size("CUTS", 8, 100)
 AT_ONCE = 20
