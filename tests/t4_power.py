@@ -36,7 +36,7 @@ def test_power_cuts(tmp_path: Path, filesystem: str) -> None:
 def test_a_quota_that_is_met(tmp_path: Path) -> None:
     """EDQUOT on a disk that is nearly empty (P6): refused, counted, and room is made within 5 s."""
     told = guest.run(tmp_path, "tests.quota", {"times": 5})
-    report(f"quota of 4 MiB: {told}")
+    report(f"quota of 2 MiB: {told}")
     assert told["errors"] == []
     assert told["refused"] >= len(told["waits"]) == 5
     assert told["evicted"]["space"] > 0
