@@ -1,64 +1,92 @@
 """Machines of our own: a program of the tests as the only one on a user-mode Linux kernel, whose disks may fail.
 
-The guest sees the host's files, read-only, so it needs no image; it writes to memory. It is root there, has no network,
-and is gone when the program ends. What the host's kernel lacks (device mapper, quotas) it has.
+The guest sees the host's files, read-only, so it needs no image; it writes to memory. It is root there, has no network
+but what it is given, and is gone when the program ends. What the host's kernel lacks (device mapper, quotas, a second
+NFS client) it has.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
-import pytest
-
+REPO: Final = Path(__file__).parent.parent
 KERNEL: Final = "linux.uml"
 MODULES: Final = Path("/usr/lib/uml/modules")
 LIMIT: Final = 100
-"""Seconds that a guest may take, if nothing else is said."""
+"""Seconds until a guest must have an answer."""
 ANSWER: Final = "answer of the guest: "
 _POWER_OFF: Final = 0x4321FEDC
 
-needs_guest = pytest.mark.skipif(
-    not (shutil.which(KERNEL) and MODULES.exists() and shutil.which("dmsetup")),
-    reason="user-mode-linux or dmsetup is not installed",
-)
-
 INIT: Final = """#!/bin/sh
-export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/run TMPDIR=/run PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={root}
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/run TMPDIR=/run PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={repo}
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs run /run; mount -t tmpfs -o size=75% mnt /mnt
 mount -t devtmpfs dev /dev; mkdir -p /dev/shm; mount -t tmpfs shm /dev/shm
-cd {root}; exec {python} -m tests.guest {module} '{order}'
+cd {repo}; exec {python} -m tests.guest {module} '{order}'
 """
 
 
-def run(folder: Path, module: str, order: dict[str, Any], memory: str = "512M", limit: float = LIMIT) -> Any:
-    """Run ``module.main(order)`` in a guest; returns what that returned, or fails with what it printed."""
-    root, init = Path(__file__).parent.parent, folder / "init"
-    init.write_text(INIT.format(root=root, python=sys.executable, module=module, order=json.dumps(order)))
-    init.chmod(0o755)
-    command = [
-        *("timeout", "-k", "5", str(limit), KERNEL, f"mem={memory}", "root=/dev/root", "rootfstype=hostfs"),
-        *("rootflags=/", "ro", "quiet", f"init={init}", f"uml_dir={folder}/", "con=null", "con0=fd:0,fd:1"),
-    ]
-    environment = os.environ | {"TMPDIR": "/dev/shm", "HOME": str(folder)}
-    done = subprocess.run(
-        command,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        env=environment,
-        check=False,
-    )
-    answers = [line.partition(ANSWER)[2] for line in done.stdout.splitlines() if ANSWER in line]
-    if not answers:
-        pytest.fail(f"the guest ended with {done.returncode}:\n{done.stdout[-6000:]}", pytrace=False)
+def missing(*programs: str) -> str | None:
+    """What this host lacks for a guest that uses ``programs``; None if nothing."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    absent = [word for word in (KERNEL, "setpriv", *programs) if shutil.which(word, path=path) is None]
+    return next(iter(absent), None if MODULES.exists() else str(MODULES))
+
+
+class Guest:
+    """A machine that runs ``module.main(order)``. It is gone when that returns, and when the tests are.
+
+    ``folder`` is made if need be, and is its own; ``devices`` are further words for its kernel.
+    """
+
+    def __init__(self, folder: Path, module: str, order: dict[str, Any], *devices: str, memory: str = "512M") -> None:
+        folder.mkdir(exist_ok=True)
+        init, self._console = folder / "init", folder / "console"
+        init.write_text(INIT.format(repo=REPO, python=sys.executable, module=module, order=json.dumps(order)))
+        init.chmod(0o755)
+        command = [
+            # In a session of its own it can be ended with all its processes; by this signal it ends them itself.
+            *("setpriv", "--pdeathsig", "TERM", KERNEL, f"mem={memory}", "root=/dev/root", "rootfstype=hostfs"),
+            *("rootflags=/", "ro", "quiet", f"init={init}", f"uml_dir={folder}/uml/", "con=null", "con0=null,fd:1"),
+            *devices,
+        ]
+        environ = os.environ | {"TMPDIR": "/dev/shm", "HOME": str(folder)}
+        with self._console.open("wb") as out:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environ, start_new_session=True
+            )
+
+    def console(self) -> str:
+        """All that it printed."""
+        return self._console.read_text(errors="replace")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Cut the power, if it is still on."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def run(folder: Path, module: str, order: dict[str, Any], memory: str = "512M") -> Any:
+    """What ``module.main(order)`` returns in a guest; AssertionError with what was printed if that is not to be had."""
+    with Guest(folder, module, order, memory=memory) as guest:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            guest.process.wait(LIMIT)
+        answers = [line.partition(ANSWER)[2] for line in guest.console().splitlines() if ANSWER in line]
+        assert answers, f"no answer within {LIMIT} s, ended with {guest.process.poll()}:\n{guest.console()[-6000:]}"
     return json.loads(answers[-1])
 
 
@@ -91,9 +119,6 @@ def call(*words: object) -> str:
 
 def main() -> None:
     """Run what was ordered, print its result, and switch the machine off."""
-    import importlib
-    import traceback
-
     try:
         answer = importlib.import_module(sys.argv[1]).main(json.loads(sys.argv[2]))
         sys.stdout.write(ANSWER + json.dumps(answer) + "\n")

@@ -25,8 +25,10 @@ from tests.small import CHUNK, NO_FLOOR, NS, PART, SMALL
 
 IMAGE, DISK = Path("/mnt/image"), Path("/mnt/disk")
 OWNER: Final = 4711
-BLOCKS: Final = 4096
+BLOCKS: Final = 2048
 """KiB that the owner may use."""
+PATIENCE: Final = 10
+"""Seconds without room after which there will be none. How long it takes to fill the disk is no matter."""
 _SETQUOTA: Final = 0x800008
 _ONLY_LIMITS: Final = 1
 
@@ -75,8 +77,7 @@ def use(times: int) -> dict[str, Any]:
         daemon = Catalog(store, Config(write_budget=None, **NO_FLOOR), Metrics())  # type: ignore[arg-type]
         daemon.evictor.start()
         since = 0.0
-        deadline = time.monotonic() + 60
-        while len(waits) < times and time.monotonic() < deadline:
+        while len(waits) < times and not (since and time.monotonic() - since > PATIENCE):
             key = os.urandom(32)
             try:
                 put(daemon, key)

@@ -1,4 +1,4 @@
-"""Runs in a guest: executes what the test sends, in one lasting namespace, and answers with the value.
+"""Runs in a guest that mounts the bed's NFS: executes what the test sends, in one lasting namespace, and answers.
 
 One connection a call: a line of JSON ``{"code": …}``, answered by ``{"value": …}`` (of the last expression) or
 ``{"error": …}``.  Whatever it runs in, the bed's network has no other users.
@@ -12,7 +12,15 @@ import threading
 import traceback
 from typing import Any
 
+from tests.guest import call, load
+
+SERVER = "10.99.0.1"
 PORT = 7000
+
+
+def address(node: int) -> str:
+    """Where the agent of a node listens."""
+    return f"{SERVER}{node}"
 
 
 def run(code: str, space: dict[str, Any]) -> Any:
@@ -33,14 +41,17 @@ def serve(sock: socket.socket, space: dict[str, Any]) -> None:
         lines.write(text + "\n")
 
 
-def main() -> None:
+def main(order: dict[str, Any]) -> None:
+    """``{"node", "options"}`` (of the mount): mount the export on ``/mnt/nfs``, and serve for ever."""
+    node, options = order["node"], order["options"]
+    load("nfsv4")
+    for line in ("link set lo up", "link set vec0 up", f"addr add {address(node)}/24 dev vec0"):
+        call("ip", *line.split())
+    socket.sethostname(f"node{node}")
+    os.mkdir("/mnt/nfs")
+    call("mount", "-t", "nfs4", "-o", f"vers=4.2,proto=tcp,port=2049,{options}", f"{SERVER}:/export", "/mnt/nfs")
     space: dict[str, Any] = {"__name__": "guest"}
     with socket.create_server(("", PORT), backlog=64) as listener:
-        print("agent ready", os.uname().nodename, flush=True)  # noqa: T201
         while True:
             sock, _ = listener.accept()
             threading.Thread(target=serve, args=(sock, space), daemon=True).start()
-
-
-if __name__ == "__main__":
-    main()

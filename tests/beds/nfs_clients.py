@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.beds import uml
+from tests.beds import nfs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytestmark = [
-    pytest.mark.skipif(uml.missing() is not None, reason=f"no test bed here: {uml.missing()} is missing"),
+    pytest.mark.skipif(nfs.missing() is not None, reason=f"no test bed here: {nfs.missing()} is missing"),
     pytest.mark.timeout(300),
 ]
 DEFAULT, ADVISED = "hard", "hard,softreval,lookupcache=pos"
@@ -86,15 +86,15 @@ host = Host()
 
 
 @pytest.fixture(scope="module")
-def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[uml.Bed]:
-    with uml.bed(tmp_path_factory.mktemp("nfs"), DEFAULT) as made:
+def bed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[nfs.Bed]:
+    with nfs.bed(tmp_path_factory.mktemp("nfs"), DEFAULT) as made:
         for guest in made.guests:
             guest.call(IMPORTS)
         yield made
 
 
 @pytest.fixture
-def nodes(bed: uml.Bed) -> tuple[uml.Guest, uml.Guest]:
+def nodes(bed: nfs.Bed) -> tuple[nfs.Client, nfs.Client]:
     a, b = bed.guests
     return a, b
 
@@ -108,7 +108,7 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
 # --- what NFS does ---
 
 
-def test_a_name_once_absent_stays_absent_until_its_folder_is_listed(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_a_name_once_absent_stays_absent_until_its_folder_is_listed(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     a, b = nodes
     a.call("os.makedirs('d'); Path('d/seed').touch()")
     assert b.call("os.path.exists('d/new')") is False
@@ -118,7 +118,7 @@ def test_a_name_once_absent_stays_absent_until_its_folder_is_listed(nodes: tuple
 
 
 def test_a_rename_over_a_name_shows_once_the_folder_is_listed_and_ends_open_files(
-    nodes: tuple[uml.Guest, uml.Guest],
+    nodes: tuple[nfs.Client, nfs.Client],
 ) -> None:
     """Opened by name without that, it may be the old file as long as anybody has it open."""
     a, b = nodes
@@ -130,7 +130,7 @@ def test_a_rename_over_a_name_shows_once_the_folder_is_listed_and_ends_open_file
     print("an open file that was renamed over:", b.call("failing(lambda: os.pread(fd, 2, 4096))"))  # noqa: T201
 
 
-def test_a_rename_to_another_folder_keeps_open_files(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_a_rename_to_another_folder_keeps_open_files(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     a, b = nodes
     a.call("os.makedirs('t'); Path('kept').write_bytes(b'kept' * 4096)")
     b.call("fd = os.open('kept', os.O_RDONLY)")
@@ -139,7 +139,7 @@ def test_a_rename_to_another_folder_keeps_open_files(nodes: tuple[uml.Guest, uml
     assert b.call("os.fstat(fd).st_nlink") == 1
 
 
-def test_an_unlink_may_end_open_files_elsewhere(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_an_unlink_may_end_open_files_elsewhere(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     """The kernel's server forgets the file; this one does as soon as its own cache of open files is full."""
     a, b = nodes
     a.call("Path('gone').write_bytes(b'x' * 65536)")
@@ -149,7 +149,7 @@ def test_an_unlink_may_end_open_files_elsewhere(nodes: tuple[uml.Guest, uml.Gues
     assert b.call(code) in {"ESTALE", None}
 
 
-def test_a_truncation_elsewhere_kills_who_reads_a_map(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_a_truncation_elsewhere_kills_who_reads_a_map(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     a, b = nodes
     b.call("Path('cut').write_bytes(b'A' * 65536); fd = os.open('cut', os.O_RDONLY)")
     b.call("m = mmap.mmap(fd, 0, prot=mmap.PROT_READ); m[0]")
@@ -166,7 +166,7 @@ os.WTERMSIG(os.waitpid(child, 0)[1])
     assert b.call("os.pread(fd, 10, 40000).decode()") == ""
 
 
-def test_an_open_file_that_is_removed_gets_a_silly_name(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_an_open_file_that_is_removed_gets_a_silly_name(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     a, _ = nodes
     a.call("os.makedirs('s'); fd = os.open('s/x', os.O_CREAT | os.O_RDWR); os.write(fd, b'x'); os.unlink('s/x')")
     assert a.call("[n[:4] for n in os.listdir('s')]") == [".nfs"]
@@ -174,7 +174,7 @@ def test_an_open_file_that_is_removed_gets_a_silly_name(nodes: tuple[uml.Guest, 
     assert a.call("os.close(fd); os.rmdir('s')") is None
 
 
-def test_what_is_not_there_on_nfs(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_what_is_not_there_on_nfs(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     a, _ = nodes
     a.call("Path('p').touch(); Path('q').touch()")
     assert a.call("failing(lambda: os.link('p', 'q'))") == "EEXIST"
@@ -188,7 +188,7 @@ libc.renameat2(-100, b"p", -100, b"fresh", 1), errno.errorcode.get(ctypes.get_er
     assert a.call(code) == [-1, "EINVAL"]
 
 
-def test_a_lock_holds_for_both(nodes: tuple[uml.Guest, uml.Guest]) -> None:
+def test_a_lock_holds_for_both(nodes: tuple[nfs.Client, nfs.Client]) -> None:
     a, b = nodes
     code = "import fcntl; lock = os.open('lock', os.O_CREAT | os.O_RDWR); "
     a.call(code + "fcntl.flock(lock, fcntl.LOCK_EX)")
@@ -202,7 +202,7 @@ def test_a_lock_holds_for_both(nodes: tuple[uml.Guest, uml.Guest]) -> None:
 
 
 @pytest.fixture(scope="module")
-def stored(bed: uml.Bed) -> uml.Bed:
+def stored(bed: nfs.Bed) -> nfs.Bed:
     """The bed with an empty store on the volume, and kvfs imported on both nodes."""
     a, b = bed.guests
     together(lambda: a.call(KVFS, 120), lambda: b.call(KVFS, 120))
@@ -210,7 +210,7 @@ def stored(bed: uml.Bed) -> uml.Bed:
     return bed
 
 
-def test_a_thousand_races_for_the_same_keys_leave_one_file_each(stored: uml.Bed) -> None:
+def test_a_thousand_races_for_the_same_keys_leave_one_file_each(stored: nfs.Bed) -> None:
     code = """
 from hashlib import sha256
 from tests.small import SMALL
@@ -245,7 +245,7 @@ len(found), temps
         assert guest.call(check, 120) == [1000, []]
 
 
-def test_an_engine_finds_what_another_host_has_stored_after_a_miss(stored: uml.Bed) -> None:
+def test_an_engine_finds_what_another_host_has_stored_after_a_miss(stored: nfs.Bed) -> None:
     a, b = stored.guests
     key = os.urandom(32).hex()
     b.call(f"client = StoreClient('/mnt/nfs/store'); key = bytes.fromhex('{key}')")
@@ -258,7 +258,7 @@ def test_an_engine_finds_what_another_host_has_stored_after_a_miss(stored: uml.B
     a.call("store.close()")
 
 
-def test_daemons_of_two_hosts(stored: uml.Bed) -> None:
+def test_daemons_of_two_hosts(stored: nfs.Bed) -> None:
     a, b = stored.guests
     together(lambda: a.call(DAEMON, 120), lambda: b.call(DAEMON, 120))
     offices = together(
@@ -322,7 +322,7 @@ host.catalog.leases.drop('r')
     together(lambda: a.call("host.close()", 120), lambda: b.call("host.close()", 120))
 
 
-def test_the_server_dies_and_comes_back(stored: uml.Bed) -> None:
+def test_the_server_dies_and_comes_back(stored: nfs.Bed) -> None:
     """Calls return within their deadlines all the while; what was acknowledged is there and whole afterwards."""
     a, b = stored.guests
     code = """
@@ -378,7 +378,7 @@ len(acknowledged)
         assert guest.call(whole, 120) > 10
 
 
-def test_a_clock_that_is_wrong_changes_nothing(stored: uml.Bed) -> None:
+def test_a_clock_that_is_wrong_changes_nothing(stored: nfs.Bed) -> None:
     """The guest's clock is 5 min ahead: temp files of others are not taken for old, nor is the janitor for dead."""
     a, b = stored.guests
     a.call("store = Store.open('/mnt/nfs/store'); temp = store.reserve(NS)")
@@ -387,7 +387,7 @@ def test_a_clock_that_is_wrong_changes_nothing(stored: uml.Bed) -> None:
     a.call("os.close(temp.fd); store.discard(NS, temp.name); store.close()")
 
 
-def test_fsck_finds_nothing_afterwards(stored: uml.Bed) -> None:
+def test_fsck_finds_nothing_afterwards(stored: nfs.Bed) -> None:
     code = """
 from kvfs.fsck import Fsck
 with Fsck(Path("/mnt/nfs/store"), dry_run=True) as check:

@@ -1,4 +1,4 @@
-"""Two user-mode-Linux guests that mount one user-space NFSv4.2 server: nodes 0 and 1, on a network of their own.
+"""Two guests that mount one user-space NFSv4.2 server: nodes 0 and 1, on a network of their own.
 
 The bed unshares the calling thread's network, so that bridge and taps go with the process.  Needs root, /dev/net/tun
 and the Debian packages that ``make nfs`` installs.
@@ -10,28 +10,25 @@ import contextlib
 import ctypes
 import json
 import os
-import shutil
-import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tests.beds.agent import PORT
+from tests import guest
+from tests.beds.agent import PORT, SERVER, address
 from tests.conftest import RUN_MARK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-HERE = Path(__file__).parent
-REPO = HERE.parent.parent
-MODULES = Path("/usr/lib/uml/modules")
+NODES = (0, 1)
 CLONE_NEWNET = 0x40000000
 BOOT = 120.0
+"""Seconds that a guest may take until it answers."""
 CONFIG = """
-NFS_CORE_PARAM {{ Protocols = 4; Bind_addr = 10.99.0.1; NFS_Port = 2049; MNT_Port = 20048; NLM_Port = 32803;
+NFS_CORE_PARAM {{ Protocols = 4; Bind_addr = {server}; NFS_Port = 2049; MNT_Port = 20048; NLM_Port = 32803;
     Enable_NLM = false; Enable_RQUOTA = false; Enable_UDP = false; Plugins_Dir = "{plugins}"; }}
 NFSv4 {{ Graceless = true; RecoveryBackend = fs; RecoveryRoot = "{bed}/recovery"; Minor_Versions = 0,1,2;
     Only_Numeric_Owners = true; }}
@@ -45,75 +42,56 @@ def missing() -> str | None:
     """What this host lacks for a bed; None if nothing."""
     if os.geteuid() != 0:
         return "root"
-    for program in ("linux.uml", "ganesha.nfsd", "mount.nfs4", "ip", "modprobe"):
-        if shutil.which(program, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None:
-            return program
-    return None if os.path.exists("/dev/net/tun") else "/dev/net/tun"
+    if not os.path.exists("/dev/net/tun"):
+        return "/dev/net/tun"
+    return guest.missing("ganesha.nfsd", "mount.nfs4", "ip", "insmod")
 
 
-class Guest:
-    """A client. `call` runs Python in it."""
+class Client(guest.Guest):
+    """A node. `call` runs Python in it."""
 
     def __init__(self, bed: Path, node: int, options: str) -> None:
         self.node = node
-        words = {
-            "BED": bed,
-            "MODULES": bed,
-            "NODE": node,
-            "OPTIONS": options,
-            "REPO": REPO,
-            "PYTHON": REPO / ".venv" / "bin" / "python",
-        }
-        self.console = bed / f"node{node}.log"
-        command = ["linux.uml", "mem=512M", "root=/dev/root", "rootfstype=hostfs", "rootflags=/", "ro", "quiet"]
-        command += [f"init={HERE / 'guest.sh'}", f"vec0:transport=tap,ifname=tap{node},depth=128,gro=1"]
-        command += ["con=null", "con0=null,fd:1", *(f"{key}={value}" for key, value in words.items())]
-        with self.console.open("wb") as console:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        card = f"vec0:transport=tap,ifname=tap{node},depth=128,gro=1"
+        order = {"node": node, "options": options}
+        super().__init__(bed / f"node{node}", "tests.beds.agent", order, card)
 
     def wait(self) -> None:
         """Until it answers."""
         deadline = time.monotonic() + BOOT
         while True:
-            assert self.process.poll() is None, self.console.read_text(errors="replace")
-            assert time.monotonic() < deadline, self.console.read_text(errors="replace")
+            assert self.process.poll() is None, self.console()
+            assert time.monotonic() < deadline, self.console()
             with contextlib.suppress(OSError):
                 assert self.call("1 + 1", 5.0) == 2
-                assert "no NFS mount" not in self.console.read_text(errors="replace")
                 return
             time.sleep(0.1)
 
     def call(self, code: str, limit: float = 60.0) -> Any:
         """The value of the last expression of ``code``, run in the guest; AssertionError with its traceback."""
-        with socket.create_connection((f"10.99.0.1{self.node}", PORT), limit) as sock, sock.makefile("rw") as lines:
-            sock.settimeout(limit)
-            lines.write(json.dumps({"code": code}) + "\n")
-            lines.flush()
-            reply = json.loads(lines.readline())
+        try:
+            with socket.create_connection((address(self.node), PORT), limit) as sock, sock.makefile("rw") as lines:
+                sock.settimeout(limit)
+                lines.write(json.dumps({"code": code}) + "\n")
+                lines.flush()
+                reply = json.loads(lines.readline())
+        except OSError as e:
+            e.add_note(f"node{self.node}: {self.console()}")
+            raise
         assert "error" not in reply, f"node{self.node}: {reply['error']}"
         return reply["value"]
-
-    def end(self) -> None:
-        """Cut the power."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
 
 
 class Bed:
     """The server and its two clients."""
 
-    def __init__(self, folder: Path, options: str) -> None:
-        self.folder, self.export = folder, folder / "export"
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.server: subprocess.Popen[bytes] | None = None
-        for name in ("export", "recovery", "lib"):
+        self.guests: list[Client] = []
+        for name in ("export", "recovery"):
             (folder / name).mkdir()
-        (folder / "lib" / "modules").symlink_to(MODULES)
-        (folder / "ganesha.conf").write_text(CONFIG.format(bed=folder, plugins=_plugins()))
-        self.start_server()
-        self.guests = [Guest(folder, node, options) for node in (0, 1)]
+        (folder / "ganesha.conf").write_text(CONFIG.format(bed=folder, plugins=_plugins(), server=SERVER))
 
     def start_server(self) -> None:
         """Serve, and wait for the port."""
@@ -125,7 +103,7 @@ class Bed:
         while True:
             assert time.monotonic() < deadline, self.log()
             assert self.server.poll() is None, self.log()
-            with contextlib.suppress(OSError), socket.create_connection(("10.99.0.1", 2049), 1):
+            with contextlib.suppress(OSError), socket.create_connection((SERVER, 2049), 1):
                 return
             time.sleep(0.1)
 
@@ -138,11 +116,6 @@ class Bed:
     def log(self) -> str:
         return (self.folder / "ganesha.log").read_text(errors="replace")
 
-    def close(self) -> None:
-        for guest in self.guests:
-            guest.end()
-        self.kill_server()
-
 
 def _plugins() -> Path:
     return next(path.parent for path in Path("/usr/lib").rglob("libfsalvfs.so"))
@@ -152,8 +125,8 @@ def _network() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "unshare")
-    lines = ["link set lo up", "link add br0 type bridge", "addr add 10.99.0.1/24 dev br0", "link set br0 up"]
-    for node in (0, 1):
+    lines = ["link set lo up", "link add br0 type bridge", f"addr add {SERVER}/24 dev br0", "link set br0 up"]
+    for node in NODES:
         lines += [f"tuntap add tap{node} mode tap", f"link set tap{node} master br0 up"]
     for line in lines:
         subprocess.run(["ip", *line.split()], check=True, timeout=10)
@@ -163,14 +136,11 @@ def _network() -> None:
 def bed(folder: Path, options: str) -> Iterator[Bed]:
     """A bed in an empty folder; ``options`` are those of the mounts.  Takes this thread off the network."""
     _network()
-    made = Bed(folder, options)
-    try:
-        for guest in made.guests:
-            guest.wait()
+    made = Bed(folder)
+    with contextlib.ExitStack() as stack:
+        stack.callback(made.kill_server)
+        made.start_server()
+        made.guests = [stack.enter_context(Client(folder, node, options)) for node in NODES]
+        for each in made.guests:
+            each.wait()
         yield made
-    except BaseException:
-        for guest in made.guests:
-            sys.stderr.write(guest.console.read_text(errors="replace"))
-        raise
-    finally:
-        made.close()
