@@ -12,7 +12,15 @@ setup(
             depends=sorted(glob("kvfs/_native/*.h")),
             # No -march: one build runs everywhere, and the kernels pick their instruction set at run time.
             # No fused operations: the codec gives the same bits on every CPU, and on GPUs.
-            extra_compile_args=["-O3", "-std=c11", "-ffp-contract=off", "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c11",
+                "-ffp-contract=off",
+                "-fvisibility=hidden",
+                "-fno-wrapv",
+                "-Wall",
+                "-Wextra",
+            ],
         )
     ]
 )
