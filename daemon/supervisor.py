@@ -50,6 +50,8 @@ STOP_LIMIT: Final = 10.0
 
 KILLED: Final = f"signal {int(signal.SIGKILL)}"
 TICK: Final = 1.0
+PAUSE: Final = 3.0
+"""Seconds between two looks that show that the keeper was kept from running: its guest paused, its group frozen."""
 MOUNT_TABLE: Final = Path("/proc/self/mountinfo")
 
 
@@ -129,7 +131,7 @@ class Supervisor:
         self._epoll = select.epoll()
         self._callbacks: dict[int, Callable[[], object]] = {}
         self._worker: Worker | None = None
-        self._next_start = time.monotonic()
+        self._next_start = self._looked = time.monotonic()
         self._backoff = Backoff()
         self._announced = self._ended = False
         self._error: Exception | None = None
@@ -301,10 +303,11 @@ class Supervisor:
 
     def _check(self) -> None:
         notify(WATCHDOG=1)
-        worker = self._worker
+        worker, looked, self._looked = self._worker, self._looked, time.monotonic()
         if worker is None:
             return
-        silent = time.monotonic() - worker.heard
+        worker.heard = excused(worker.heard, looked, self._looked)
+        silent = self._looked - worker.heard
         if silent > (PING_LIMIT if worker.serving else START_LIMIT):
             log.error("the worker of %s has been silent for %.0f s and is killed", self._point, silent)
             worker.heard = time.monotonic()
@@ -324,3 +327,9 @@ class Supervisor:
                 worker.wait()
             worker.close()
         self._epoll.close()
+
+
+def excused(heard: float, looked: float, now: float) -> float:
+    """When the worker was heard last, but for what the keeper, which looked last at ``looked``, did not run itself."""
+    pause = now - looked
+    return min(now, heard + pause) if pause > PAUSE else heard

@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from typing import TYPE_CHECKING, BinaryIO
 
 import pytest
 
 from kvfs.client import connect
 from kvfs.daemon.fuse import connection
+from kvfs.daemon.supervisor import PING_LIMIT, TICK
 from tests import samples
 from tests.mounted import check_log, mounted, needs_mount, output, place, processes, run, until
 
@@ -118,6 +120,22 @@ def test_a_stopped_worker_is_replaced(store: Path, mountpoint: Path, tmp_path: P
         os.kill(worker, signal.SIGSTOP)
         assert output("ls", mountpoint / NS / KEYS[7].hex()[:3])
         assert processes(store)["worker"] != worker
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_paused_with_its_keeper_is_left_alone(store: Path, mountpoint: Path) -> None:
+    """A guest that is suspended and goes on, a control group that is frozen."""
+    with mounted(store, mountpoint):
+        before = processes(store)
+        for pid in before.values():
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(PING_LIMIT + 1)
+        os.kill(before["keeper"], signal.SIGCONT)
+        time.sleep(0.2)  # it looks before the worker can say anything
+        os.kill(before["worker"], signal.SIGCONT)
+        time.sleep(2 * TICK)
+        assert processes(store) == before
+        assert place(mountpoint, KEYS[0], PARTS[0]).exists()
 
 
 def test_opens_of_before_and_after_share_their_backing_file(store: Path, mountpoint: Path) -> None:
