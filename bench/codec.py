@@ -120,6 +120,11 @@ def bounds(found: dict[str, dict[str, float]]) -> list[tuple[str, float, float]]
     """What must hold, as (claim, value, bound): value at least bound."""
     medium, fastest = found["medium"], _native.ISAS[-1]
     claims = [(f"decode {isa}", medium[f"decode {isa}"], DECODE[isa]) for isa in _native.ISAS if isa in DECODE]
+    claims += [
+        (f"decode lossless {isa}", found["lossless"][f"decode {isa}"], DECODE[isa])
+        for isa in _native.ISAS[1:]
+        if isa in DECODE
+    ]
     claims += [(f"encode {x}", found[x][f"encode {fastest}"], ENCODE) for x in ("medium", "lossless")]
     return [*claims, ("two threads / one", medium["threads"], SCALING)]
 

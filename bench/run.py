@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=BENCHES, choices=BENCHES, metavar="BENCH")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2000, 4000, 8000], metavar="TOKENS")
     parser.add_argument("--texts", type=int, default=3, help="distinct prompts of each length")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds without hits")
+    parser.add_argument("--rounds", type=int, default=12, help="rounds without hits")
     options = parser.parse_args()
     models = build.Models.at(build.cache_dir())
     model, both = models.gemma, [models.smollm2, models.gemma]

@@ -114,6 +114,7 @@ def build(cache: Path) -> Models:
         for name in models.missing():
             start = time.monotonic()
             with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as scratch:
+                os.environ["TORCHINDUCTOR_CACHE_DIR"] = scratch  # or torch leaves one in /tmp
                 folder = Path(scratch, "folder")
                 folder.mkdir()
                 recipes[name](Path(scratch), folder)
