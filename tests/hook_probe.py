@@ -53,7 +53,7 @@ class ProbeLoader(Loader):
             self.number[load.request] = len(self.number) + 1
         super().submit(load, manifests)
 
-    def _part(self, active: Active, *args: Any) -> None:
+    def _bring(self, active: Active, *args: Any) -> None:
         number = self.number[active.load.request]
         if number in self.faults["fail"]:
             raise OSError(5, "on purpose")
@@ -61,11 +61,11 @@ class ProbeLoader(Loader):
             time.sleep(HANG)
             before = active.token.progress
             try:
-                super()._part(active, *args)
+                super()._bring(active, *args)
             finally:
                 tell(event="woke", number=number, late_bytes=active.token.progress - before)
             return
-        super()._part(active, *args)
+        super()._bring(active, *args)
 
     def _end(self, active: Active, reason: str | None) -> None:
         bad = self.compare(active) if reason is None else []
