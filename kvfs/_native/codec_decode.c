@@ -6,7 +6,7 @@
 #endif
 
 /* A stream being decoded. What is known of its channels lies side by side in `memory`, as many numbers as there are
- * channels: in arrays of a fixed size, a power of two, they would meet in the same few sets of the cache. */
+ * channels, so that a row touches few lines. */
 typedef struct {
     uint32_t state[CODEC_LANES] __attribute__((aligned(64)));
     uint32_t memory[4 * CODEC_MAX_CHANNELS + 2 * CODEC_LANES] __attribute__((aligned(64)));
