@@ -11,6 +11,7 @@ setup(
             sources=sorted(glob("kvfs/_native/*.c")),
             depends=sorted(glob("kvfs/_native/*.h")),
             # No -march: one build runs everywhere, and the kernels pick their instruction set at run time.
+            # -fwrapv is among Python's own flags, and keeps gcc from vectorising loops of the codec.
             # No fused operations: the codec gives the same bits on every CPU, and on GPUs.
             extra_compile_args=[
                 "-O3",

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 OUT = Path(__file__).parent / "out" / "codec.json"
 DECODE = {"generic": 0.45, "avx2": 2.2, "avx512": 2.6}
-"""GB/s that the decoder of a lossy level must reach."""
+"""GB/s that decoding must reach."""
 ENCODE = 0.45
 SCALING = 1.8
 
@@ -120,10 +120,10 @@ def bounds(found: dict[str, dict[str, float]]) -> list[tuple[str, float, float]]
     """What must hold, as (claim, value, bound): value at least bound."""
     medium, fastest = found["medium"], _native.ISAS[-1]
     claims = [(f"decode {isa}", medium[f"decode {isa}"], DECODE[isa]) for isa in _native.ISAS if isa in DECODE]
+    # Not the baseline: what it makes of the lossless level is the compiler's.
     claims += [
         (f"decode lossless {isa}", found["lossless"][f"decode {isa}"], DECODE[isa])
-        for isa in _native.ISAS[1:]
-        if isa in DECODE
+        for isa in DECODE.keys() & set(_native.ISAS[1:])
     ]
     claims += [(f"encode {x}", found[x][f"encode {fastest}"], ENCODE) for x in ("medium", "lossless")]
     return [*claims, ("two threads / one", medium["threads"], SCALING)]

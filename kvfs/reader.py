@@ -56,7 +56,7 @@ class Reader:
 
     def _open_coded(self, ns: bytes, key: bytes, part: PartId, coded: bool, before_slow: Callable[[], None]) -> Opened:
         if coded:
-            opened = self.verifier.open_stored(ns, key, part)
+            opened = self.verifier.open(ns, key, part, coded=True)
             self.on_coded(ns, key)
             return opened
         with self.verifier.open_coded(ns, key, part) as file:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from kvfs import _native, files
 from kvfs.chunk import PartMeta, open_part
+from kvfs.codec import FORMS
 from kvfs.coded import CodedFile, form_of, open_coded, open_stored
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, StoreBusy, StoreFull
 from kvfs.identity import PartId
@@ -78,25 +79,13 @@ class Verifier:
         """Sorts files by when they were last found whole: the never, then the longest ago first."""
         return self._good.get(_fingerprint(st), -1)
 
-    def open(self, ns: bytes, key: bytes, part: PartId) -> Opened:
-        """Open a part in its raw form without reading it; raises as `Store.open_part`."""
-        fd = self.store.open_part(ns, key, part)
+    def open(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> Opened:
+        """Open a part in one form without reading it, for somebody who checks what he reads; raises as
+        `Store.open_part`, and of the coded form as `form_of`."""
+        fd = self.store.open_part(ns, key, part, coded)
         try:
-            st = os.fstat(fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        return Opened(fd, self.is_verified(st), st.st_size, st.st_ino)
-
-    def open_stored(self, ns: bytes, key: bytes, part: PartId) -> Opened:
-        """Open a part in its coded form, for somebody who checks what he reads.  Raises as `open` and
-        `form_of`."""
-        fd = self.store.open_part(ns, key, part, coded=True)
-        try:
-            st = os.fstat(fd)
-            return Opened(
-                fd, self.is_verified(st), st.st_size, st.st_ino, form_of(fd, self.store.manifest(ns), key, part)
-            )
+            st, form = os.fstat(fd), form_of(fd, self.store.manifest(ns), key, part) if coded else FORMS[0]
+            return Opened(fd, self.is_verified(st), st.st_size, st.st_ino, form)
         except BaseException:
             os.close(fd)
             raise

@@ -33,6 +33,18 @@ def every_isa() -> Iterator[str]:
         _native.use_isa(best)
 
 
+def scatter(
+    data: Any, ops: Array, tables: Array, first: int, last: int, position: int, token: _native.CancelToken
+) -> int:
+    """`_native.load` of a part that is in memory."""
+    fd = os.memfd_create("kvfs-part")
+    try:
+        os.write(fd, data)
+        return _native.load(fd, ops, tables, first, last, position, None, token)
+    finally:
+        os.close(fd)
+
+
 @dataclass
 class Cache:
     """A paged KV cache in one of the layouts engines use: `view` is [blocks, heads, block_size, dim] over `memory`."""

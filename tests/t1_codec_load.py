@@ -14,7 +14,7 @@ from kvfs import _native
 from kvfs.codec import CodedPart
 from kvfs.identity import GroupKind
 from tests.codec_parts import KIND, LATENT, Raw, raw_part
-from tests.paged import BLOCKS, Cache, every_isa
+from tests.paged import BLOCKS, Cache, every_isa, scatter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,7 +76,7 @@ class Bed:
         """What decoding and scattering leave."""
         self.clear()
         data = self.part.decode(self.blob)
-        _native.scatter(data, self.ops, self.tables, first, last, self.position, _native.CancelToken())
+        scatter(data, self.ops, self.tables, first, last, self.position, _native.CancelToken())
         found = self.images()
         self.clear()
         return found

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kvfs.vllm_hook.copying import HostCopy
-from kvfs.vllm_hook.decoding import Ways
+from kvfs.vllm_hook.ways import Ways
 from tests.compacting import compact
 from tests.t5_hook_text import text
 from tests.toy import CANARY, HYBRID, PLAIN, Toy, engine, wait_until  # noqa: F401 - a fixture

@@ -20,6 +20,7 @@ from kvfs.identity import GroupKind, Manifest, PartId
 from kvfs.vllm_hook.copying import HostCopy, move_part
 from kvfs.vllm_hook.geometry import Geometry, Group, Shard
 from kvfs.vllm_hook.layout import CPU_ISAS, PagedKV, cpu_attention, split_content
+from tests.paged import scatter
 
 BLOCKS = 12
 
@@ -90,7 +91,7 @@ def test_native_copies_equal_copies_by_index(backend: str, first: int, last: int
     kv = PagedKV(geometry, Shard(0, 1), {"l.0": source.clone()}, 30)
     data = random_bits(layout(model, part, tokens).nbytes // 2).view(torch.uint8)
     token = _native.CancelToken()
-    moved = _native.scatter(data.numpy(), kv.ops(model, part, tokens), table, first, last, position, token)
+    moved = scatter(data.numpy(), kv.ops(model, part, tokens), table, first, last, position, token)
     other = PagedKV(geometry, Shard(0, 1), {"l.0": source.clone()}, 30)
     assert move_part(other, model, part, tokens, position, table, first, last, data, scatter_rows) == moved
     assert torch.equal(kv.layers[0].k.view(torch.int16), other.layers[0].k.view(torch.int16))

@@ -26,11 +26,11 @@ from kvfs.cores import cores
 from kvfs.errors import ChunkCorrupt, ChunkNotFound, DaemonUnavailable, DeadlineExceeded, KvfsError, StoreBusy
 from kvfs.identity import Manifest, PartId
 from kvfs.vllm_hook.copying import CodedRows, Copy
-from kvfs.vllm_hook.decoding import Ways
 from kvfs.vllm_hook.jobs import Load, LoadPart
 from kvfs.vllm_hook.layout import PagedKV
 from kvfs.vllm_hook.stats import Counts
 from kvfs.vllm_hook.threads import step_aside
+from kvfs.vllm_hook.ways import Ways
 
 __all__ = ["Loader"]
 

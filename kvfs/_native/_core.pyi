@@ -99,17 +99,8 @@ def load(
     Whatever it raises, token.progress says how many bytes have been written.
     """
 
-def scatter(
-    src: Bytes, ops: Integers, tables: Integers, first: int, last: int, position: int, token: CancelToken
-) -> int:
-    """As load(), from a part in memory: file_off counts from the start of `src`. Returns the bytes written.
-
-    The source is read inside the token: populate() a map first, lest a page fault make cancel() wait.
-    Raises ValueError if a tensor ends beyond `src`, InterruptedError once the token is cancelled.
-    """
-
 def gather(ops: Integers, tables: Integers, first: int, last: int, position: int, out: Bytes) -> int:
-    """The reverse of scatter(): rows of paged KV into `out`, laid out as the file is. Returns the bytes written.
+    """The reverse of load(): rows of paged KV into `out`, laid out as the file is. Returns the bytes written.
 
     Rows outside first..last of `out` stay as they are. Raises ValueError if a tensor ends beyond `out` or a row lies
     in the null block, which holds no KV.

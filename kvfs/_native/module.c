@@ -10,8 +10,6 @@ static PyMethodDef methods[] = {
     {"populate", py_populate, METH_O, "populate($module, data, /)\n--\n\nFault in the pages of a map."},
     {"load", KEYWORDS(py_load),
      "load($module, fd, ops, tables, first, last, position, sums, token)\n--\n\nA part file's rows into paged KV."},
-    {"scatter", KEYWORDS(py_scatter),
-     "scatter($module, src, ops, tables, first, last, position, token)\n--\n\nA buffer's rows into paged KV."},
     {"gather", KEYWORDS(py_gather),
      "gather($module, ops, tables, first, last, position, out)\n--\n\nPaged KV's rows into a buffer."},
     {"codec_rotation", py_codec_rotation, METH_VARARGS,

@@ -2,7 +2,7 @@
  *   isa.c       which instruction set the kernels use      xxh3.c      the XXH3-64 hash
  *   buffer.c    typed views of, and pages behind, buffers  checksum.c  xxh3_64() and sums()
  *   kvcopy.c    strided copies and transposes              token.c     CancelToken
- *   plan.c      where rows of tensors lie in paged KV      transfer.c  load(), scatter(), gather()
+ *   plan.c      where rows of tensors lie in paged KV      transfer.c  load(), gather()
  *   module.c    the module table
  * What takes or gives Python objects needs the GIL; everything else runs with it released. */
 #ifndef KVFS_NATIVE_H
@@ -80,7 +80,6 @@ int64_t plan_gather(const Plan *plan, const Op *op, Piece piece, char *dst, int6
 
 /* transfer.c */
 PyObject *py_load(PyObject *self, PyObject *args, PyObject *kwargs);
-PyObject *py_scatter(PyObject *self, PyObject *args, PyObject *kwargs);
 PyObject *py_gather(PyObject *self, PyObject *args, PyObject *kwargs);
 
 #endif

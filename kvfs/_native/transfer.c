@@ -1,4 +1,4 @@
-/* load(), scatter() and gather(): rows of a part file between disk or memory and paged KV.
+/* load() and gather(): rows of a part from its file into paged KV, and from there into memory.
  *
  * load() works in pieces: read into a buffer of its own thread (this may block, and only this may), verify, then
  * enter the token and scatter. So a hung volume holds no lock, and a cancelled load writes nothing more. */
@@ -256,37 +256,6 @@ PyObject *py_load(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kwargs)
         plan_free(&plan);
     }
     PyBuffer_Release(&sums);
-    return result;
-}
-
-PyObject *py_scatter(PyObject *Py_UNUSED(self), PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"src", "ops", "tables", "first", "last", "position", "token", NULL};
-    long long first, last, position;
-    PyObject *ops, *tables;
-    Py_buffer src;
-    Plan plan;
-    Load load = {.plan = &plan};
-    PyObject *result = NULL;
-
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "y*OOLLLO!:scatter", names, &src, &ops, &tables, &first, &last,
-                                     &position, &TokenType, &load.token))
-        return NULL;
-    if (plan_init(&plan, ops, tables, first, last, position, true) == 0) {
-        if (plan_fits(&plan, src.len) == 0) {
-            Py_BEGIN_ALLOW_THREADS
-            for (const Op *op = plan.ops; first < last && op < plan.ops + plan.n_ops; op++) {
-                Piece piece = {0, op->heads, first, last};
-                const char *rows = (const char *)src.buf + op->file_off + first * op->row_bytes;
-                if (!load_scatter(&load, op, piece, rows, op->head_bytes))
-                    break;
-            }
-            Py_END_ALLOW_THREADS
-            result = load_result(&load.result);
-        }
-        plan_free(&plan);
-    }
-    PyBuffer_Release(&src);
     return result;
 }
 

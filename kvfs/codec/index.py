@@ -111,10 +111,10 @@ class Index:
         if not (0 < heads <= MAX_HEADS and 0 < n_layers <= MAX_LAYERS and 1 <= n_sections <= 2 and pairs < len(block)):
             raise ValueError(f"{n_layers} layers, {n_sections} sections, {heads} heads, {pairs} pairs of RoPE")
         split = _HEAD.size + _SECTION.size * n_sections + 4 * n_layers + 4 * pairs
-        ends = split, split + 4 * n_layers * heads
-        sums = ends[1] + -ends[1] % 8
+        pad = split + 4 * n_layers * heads
+        sums = pad + -pad % 8
         end = sums + 8 * n_layers + 8 * n_layers * heads * (1 if latent else 2)
-        if len(block) != end + -end % LAYER_ALIGNMENT or any(block[ends[1] : sums]) or any(block[end:]):
+        if len(block) != end + -end % LAYER_ALIGNMENT or any(block[pad:sums]) or any(block[end:]):
             raise ValueError("not the size that its numbers make")
         shape, layers, turned, inv_freq = _frame(block[:split], lossless, latent, tokens)
         sizes = np.frombuffer(block, np.uint32, n_layers * heads, split).astype(np.int64)

@@ -1,4 +1,4 @@
-"""Compacted parts on their way into an engine's blocks: decoded here, or hydrated by the store."""
+"""Which way compacted parts take into an engine's blocks: decoded here, or hydrated by the store."""
 
 __all__ = ["Ways"]
 
