@@ -20,7 +20,7 @@ from kvfs.chunk import open_part
 from kvfs.codec import CodedPart, encode_part, level, rope_of
 from kvfs.coded import open_coded, read_all
 from kvfs.daemon.handover import Channel, dump_error, load_error
-from kvfs.daemon.idle import be_idle
+from kvfs.daemon.idle import come_last
 from kvfs.errors import ChunkCorrupt, DaemonUnavailable, KvfsError
 from kvfs.files import from_os_error
 from kvfs.identity import PartId
@@ -28,10 +28,13 @@ from kvfs.store import Store
 from kvfs.tenants import place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+    from typing import Self
 
     from typing_extensions import Buffer
+
+    from kvfs.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -98,16 +101,24 @@ def _seconds() -> float:
 
 
 class Coder:
-    """`make` in a child process. Start it before any thread: it is forked. Thread-safe, one part at a time."""
+    """`make` in a child process. Start it before any thread: it is forked. Thread-safe, one part at a time.
 
-    def __init__(self, store: Path) -> None:
+    The child comes last, and then gives up what ``confine`` takes from it.
+    """
+
+    def __init__(self, store: Path, confine: Callable[[], object] = lambda: None) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._channel, theirs = Channel.pair()
         self.pid = os.fork()
         if not self.pid:
-            _serve(store, theirs.sock.detach())
+            _serve(store, theirs.sock.detach(), confine)
         theirs.close()
+
+    @classmethod
+    def of(cls, config: Config, confine: Callable[[], object] = lambda: None) -> Self | None:
+        """One for the store of a daemon; None if that is not to write."""
+        return None if config.read_only or config.store is None else cls(config.store, confine)
 
     def make(self, ns: bytes, key: bytes, part: PartId, form: str, out: int, tenant: str = "") -> Made:
         """As `make`, in the store or in that of a tenant; DaemonUnavailable if the process has died."""
@@ -126,17 +137,17 @@ class Coder:
         os.waitpid(self.pid, 0)
 
 
-def _serve(path: Path, fd: int) -> None:
+def _serve(path: Path, fd: int, confine: Callable[[], object]) -> None:
     """The child's life: nothing of its parent is left to it but the channel, standard error and its limits."""
     code = 1
     try:
         os.closerange(3, fd)
         os.closerange(fd + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         libc = ctypes.CDLL(None)
-        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         libc.prctl(PR_SET_NAME, NAME)
-        be_idle()
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        come_last()
+        confine()
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # now: a change of user forgets it
         channel = Channel.inherited(fd)
         with Store.open(path) as whole:
             while True:

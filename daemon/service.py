@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from kvfs.config import to_toml
 from kvfs.daemon.branch import Branch
 from kvfs.daemon.catalog import Catalog
-from kvfs.daemon.coder import Coder
 from kvfs.daemon.control import Rules
 from kvfs.daemon.forest import Forest
 from kvfs.daemon.tenants import Tenants, Whole
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from kvfs.config import Config
+    from kvfs.daemon.coder import Coder
     from kvfs.identity import PartId
 
 
@@ -29,25 +29,32 @@ class Service:
     """Catalogs, view, control sockets, metrics page and snapshots of one store and its tenants.
 
     ``resumed``: it takes the place of one that died, whose clients are about to connect again; ``bound``: on the same
-    mount, where the control socket is already; ``listening`` names the tenants whose sockets are. ``on_gone`` is called
-    with the path of whatever vanishes from the view, ``let_go`` with the inode of a file that is not to be kept open.
+    mount, where the control socket is already; ``listening`` names the tenants whose sockets are. Parts are coded by
+    ``coder``, which is closed with this; here without one. ``on_gone`` is called with the path of whatever vanishes
+    from the view, ``let_go`` with the inode of a file that is not to be kept open.
     """
 
-    def __init__(self, config: Config, resumed: bool, bound: bool = False, listening: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: Config,
+        resumed: bool,
+        coder: Coder | None = None,
+        bound: bool = False,
+        listening: Collection[str] = (),
+    ) -> None:
         if config.store is None:
             raise ConfigError("no store is named")
         self.on_gone: Callable[[str], object] = lambda _: None
         self.let_go: Callable[[int], object] = lambda _: None
         self._store = Store.open(config.store, config.durability, config.is_shared)
-        self._coder = None if config.read_only else Coder(config.store)  # it forks: there is no thread yet
+        self._coder = coder
         self.metrics = Metrics()
         self._config = config
         self._stop_metrics = self.metrics.serve(config.metrics_listen) if config.metrics_listen else None
-        make = None if self._coder is None else self._coder.make
-        self.catalog = Catalog(self._store, config, self.metrics, resumed, make)
+        self.catalog = Catalog(self._store, config, self.metrics, resumed, None if coder is None else coder.make)
         self.catalog.on_change(self._changed)
         self.catalog.reader.area.release = lambda source: self._let_go(source[1])
-        whole = Whole(self._coder, self._gone, self._before_slow, self._let_go)
+        whole = Whole(coder, self._gone, self._before_slow, self._let_go)
         self.tenants = Tenants(self.catalog, resumed, listening, whole)
         self.view = Forest(self.catalog, config, to_toml(config, origins=True), bound, self.tenants)
         self._branch = Branch(self.catalog)

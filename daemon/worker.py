@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -12,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from kvfs.daemon import sandbox
+from kvfs.daemon.coder import Coder
 from kvfs.daemon.fuse import connection
 from kvfs.daemon.fuse.abi import Init
 from kvfs.daemon.fuse.nodes import Nodes
@@ -44,8 +46,9 @@ def run(keeper: Channel) -> int:
     config = load_config(spec["config"])
     log_to_stderr(config.log_level)
     try:
+        coder = Coder.of(config, functools.partial(sandbox.enter, config))
         sandbox.enter(config)
-        serve(config, keeper, spec)
+        serve(config, coder, keeper, spec)
     except KvfsError as e:
         log.error("%s", e)
         keeper.send("error", dump_error(e))
@@ -56,9 +59,9 @@ def run(keeper: Channel) -> int:
     return 0
 
 
-def serve(config: Config, keeper: Channel, spec: dict[str, Any]) -> None:
+def serve(config: Config, coder: Coder | None, keeper: Channel, spec: dict[str, Any]) -> None:
     """Assemble the parts and run them."""
-    service = Service(config, spec["resumed"], spec["bound"], spec["listening"])
+    service = Service(config, spec["resumed"], coder, spec["bound"], spec["listening"])
     maker = _backing_maker(spec, service.catalog.store.path)
     session = Session(spec["fuse"], service.view, Nodes(spec["table"]), maker, service.metrics, config.threads)
 

@@ -280,6 +280,8 @@ def test_the_coder_is_a_process_that_comes_last(tmp_path: Path) -> None:
             assert forms_of(store, EXACT, key) == ["cachegen-lossless"] * 2
             assert os.sched_getscheduler(child.pid) == os.SCHED_IDLE
             assert os.getpriority(os.PRIO_PROCESS, child.pid) == 19
+            if (group := Path(f"/proc/{child.pid}/autogroup")).exists():
+                assert group.read_text().split()[1:] == ["nice", "19"]
             others = {
                 os.readlink(f"/proc/{child.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{child.pid}/fd") if fd > "2"
             }

@@ -90,9 +90,10 @@ def status(pid: int) -> list[dict[str, str]]:
 def test_every_thread_of_the_worker_has_given_up_its_rights(owned: Path, mountpoint: Path) -> None:
     with mounted(owned, mountpoint, worker_user=str(NOBODY)):
         worker = processes(owned)["worker"]
+        [coder] = map(int, Path(f"/proc/{worker}/task/{worker}/children").read_text().split())
         threads = status(worker)
         assert len(threads) > 1
-        for thread in threads:
+        for thread in (*threads, *status(coder)):
             assert thread["NoNewPrivs"] == "1"
             assert thread["Uid"].split() == [str(NOBODY)] * 4
             assert thread["Gid"].split() == [str(NOBODY)] * 4
@@ -100,6 +101,8 @@ def test_every_thread_of_the_worker_has_given_up_its_rights(owned: Path, mountpo
         limits = Path(f"/proc/{worker}/limits").read_text()
         soft, hard = re.findall(r"Max open files\s+(\w+)\s+(\w+)", limits)[0]
         assert soft == hard
+        if (group := Path(f"/proc/{coder}/autogroup")).exists():
+            assert group.read_text().endswith("nice 19\n"), "compaction has the share of a whole session"
 
 
 def test_a_sandboxed_worker_does_all_its_work(owned: Path, mountpoint: Path, tmp_path: Path) -> None:

@@ -139,13 +139,15 @@ def serve(config: Config, keeper: Channel, resumed: bool) -> None:
 
     ``resumed``: clients of an earlier process are about to connect again. Raises MountError.
     """
-    from kvfs.daemon.service import Service  # noqa: PLC0415 - heavy; who only asks what is missing has no use for it
+    # Heavy; who only asks what is missing has no use for them.
+    from kvfs.daemon.coder import Coder  # noqa: PLC0415
+    from kvfs.daemon.service import Service  # noqa: PLC0415
 
     point = config.mountpoint
     if point is None:
         raise ConfigError("no mount point is named")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # to libfuse it would mean the end; there is nothing to reload
-    service = Service(config, resumed)
+    service = Service(config, resumed, Coder.of(config))
     stop = threading.Event()
     failed: list[KvfsError] = []
 
