@@ -295,8 +295,9 @@ class Store:
 
     def size(self, ns: bytes, key: bytes, part: PartId, coded: bool = False) -> int | None:
         """Bytes of a part's file of this form, as it is now; None if there is none."""
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            return os.lstat(self.path / ns.hex() / part_path(key, part, coded)).st_size
+        absent = contextlib.suppress(FileNotFoundError, NotADirectoryError)
+        with absent, beneath(self._root, ns.hex()) as folder, beneath(folder, leaf_name(key)) as leaf:
+            return os.stat(part_name(key, part, coded), dir_fd=leaf, follow_symlinks=False).st_size
         return None
 
     def scan(self, ns: bytes) -> Iterator[Found]:

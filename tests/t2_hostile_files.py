@@ -179,7 +179,8 @@ def reading(catalog: Catalog) -> Iterator[bytes]:
 
 
 def publish(catalog: Catalog) -> None:
-    key = bytes([KEY[0], *os.urandom(31)])
+    """A part of a new chunk in the leaf folder of `KEY`."""
+    key = KEY[:2] + os.urandom(30)
     temp = catalog.reserve(NS, 1 << 16)
     try:
         meta = chunk.PartMeta(NS, key, bytes(32), 256, 0, PART)

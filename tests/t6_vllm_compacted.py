@@ -74,6 +74,7 @@ def test_a_store_compacted_to_medium_stays_within_the_bound(name: str, models: M
             *score("kivi"),
         ],
         transfer(store=store, fidelity="lossy", **PATIENT),
+        apart=False,
         max_logprobs=TOP,
     )
     assert [r["cached"] for r in found if "cached" in r] == [[PREFIX] * len(prompts)] * 3
@@ -118,9 +119,8 @@ def told(models: Models, long_texts: list[str], tmp_path_factory: Any) -> Told:
     def compact(level: str) -> dict[str, Any]:
         return {"do": "compact", "folder": str(store), "level": level}
 
-    written = run_engine(
-        folder, "first", models.llama, [*(generate(prompt(d, 1)) for d in documents), SETTLE], transfer(**way)
-    )
+    store_all = [*(generate(prompt(d, 1)) for d in documents), SETTLE]
+    written = run_engine(folder, "first", models.llama, store_all, transfer(**way), apart=False)
     shutil.copytree(store, folder / "raw")
     lossy = run_engine(
         folder,
@@ -135,6 +135,7 @@ def told(models: Models, long_texts: list[str], tmp_path_factory: Any) -> Told:
             *(generate(prompt(t, 1, params=NO_WRITE)) for t in (*longer, other)),
         ],
         transfer(fidelity="lossy", **way),
+        apart=False,
     )
     with reached(folder, "mount" if can_mount() else "store") as place:
         exact = run_engine(
@@ -144,6 +145,7 @@ def told(models: Models, long_texts: list[str], tmp_path_factory: Any) -> Told:
             [generate(prompt(t, 1, params=NO_WRITE)) for t in (*longer, other)],
             transfer(probe=True, **PATIENT, **place),
             {"KVFS_PROBE_STORE": str(folder / "raw")},
+            apart=False,
         )
     return Told(written, lossy, exact, folder / "second.events")
 

@@ -159,6 +159,7 @@ def told(request: pytest.FixtureRequest, writers: Callable[[str], Stored]) -> To
                 generate(prompt(stored.whole, 4, salt="mine", **quiet)),
             ],
             transfer(probe=True, **PATIENT, **way),
+            apart=False,
         )
     stored.local = stored.local or second[2 * PROMPTS + 1 : 3 * PROMPTS + 1]
     return Told(
