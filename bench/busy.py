@@ -1,8 +1,9 @@
 """What compaction costs engines that are busy meanwhile: ``python -m bench.busy``.
 
-Two engines on one mount answer prompts that nobody has seen, two clients each, one request after the other. In every
-other round the daemon compacts as much as it may: chunks copied from what the engines have stored lie ready, more than
-it can get through. The p99 of the time to the first token with and without that is compared over all rounds.
+Two engines on one mount, each on a core of its own, answer prompts that nobody has seen, two clients each, one request
+after the other. Before every round chunks copied from what the engines have stored lie ready and are on the disk, more
+than compaction can get through; in every other one the daemon compacts as much as it may. The p99 of the time to the
+first token with and without that is compared over all rounds.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,7 +41,7 @@ OUT = Path(__file__).parent / "out" / "busy.json"
 CLIENTS, TOKENS, REPLY = 2, 300, 8
 """Clients of an engine, and tokens of each prompt and reply."""
 PILE = 4.0
-"""GiB of raw chunks that lie ready in a round with compaction."""
+"""GiB of raw chunks that lie ready."""
 BOUND = 1.05
 KVFS = Path(sys.executable).with_name("kvfs")
 
@@ -63,7 +65,7 @@ def held(store: Store, coded: bool) -> int:
 
 
 def pile_up(store: Store, mount: Path, nbytes: int) -> None:
-    """Store copies of one chunk under keys of their own, until the raw parts are so many bytes."""
+    """Store copies of one chunk under keys of their own, until the raw parts are so many bytes, and all are written."""
     [ns] = store.namespaces()
     manifest = store.manifest(ns)
     raw = (found.key for found in store.scan(ns) if not found.coded)
@@ -79,6 +81,7 @@ def pile_up(store: Store, mount: Path, nbytes: int) -> None:
                 with client.reserve(ns, len(data), timeout=10, key=fresh) as reservation:
                     write_part(reservation.fd, manifest, meta._replace(key=fresh), data)
                     client.publish(ns, reservation, fresh, meta.part, timeout=10)
+    os.sync()
 
 
 @contextlib.contextmanager
@@ -121,18 +124,17 @@ async def measure(
 ) -> list[Round]:
     """Measure pairs of rounds, with and without compaction, in the folder ``work``."""
     peer, folder, log, numbers = PEERS["kvfs"], work / "kvfs", work / "kvfs.log", itertools.count()
+    on_core = [dataclasses.replace(peer, environment={"VLLM_CPU_OMP_THREADS_BIND": str(core)}) for core in range(2)]
     found = []
     with peer.service(folder, log):
-        async with running(peer, folder, model, log) as one, running(peer, folder, model, log) as two:
+        async with running(on_core[0], folder, model, log) as one, running(on_core[1], folder, model, log) as two:
             await answers([one, two], model, seconds, numbers)
             await settle(folder)
             with Store.open(folder) as store:
                 for number in range(2 * rounds):
                     on = number % 4 in {1, 2}  # off on on off: what drifts, drifts for both
-                    with contextlib.ExitStack() as stack:
-                        if on:
-                            pile_up(store, mountpoint(folder), int(pile * 2**30))
-                            stack.enter_context(compacting(mountpoint(folder), log))
+                    pile_up(store, mountpoint(folder), int(pile * 2**30))
+                    with compacting(mountpoint(folder), log) if on else contextlib.nullcontext():
                         before = held(store, coded=True)
                         waits = await answers([one, two], model, seconds, numbers)
                         made = held(store, coded=True) - before
@@ -162,7 +164,7 @@ async def compare(
     """Measure. Return the table, and all rounds."""
     with tempfile.TemporaryDirectory(prefix="kvfs-bench-", ignore_cleanup_errors=True) as work:
         found = await measure(model, rounds, seconds, pile, Path(work), note)
-    return report(found), [asdict(r) for r in found]
+    return report(found), [dataclasses.asdict(r) for r in found]
 
 
 def main() -> int:

@@ -106,6 +106,18 @@ def repeat(llm: Any, op: dict[str, Any]) -> Result:
     return {"requests": requests, "hits": hits, "reasons": reasons, "slowest": slowest}
 
 
+def known(llm: Any, op: dict[str, Any]) -> Result:
+    """Wait until the store knows the engine's namespace, as far as this process can see."""
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    if core is None or (connector := core.scheduler.connector) is None:
+        time.sleep(3)
+        return {}
+    deadline = time.monotonic() + 10
+    while connector._scheduler._namespaces.get(None) is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return {}
+
+
 def sleep(llm: Any, op: dict[str, Any]) -> Result:
     """Wait ``seconds``."""
     time.sleep(op["seconds"])
@@ -159,6 +171,7 @@ def recode(llm: Any, op: dict[str, Any]) -> Result:
 
 DO = {
     "generate": generate,
+    "known": known,
     "distributions": distributions,
     "compact": compact,
     "copy": copy,

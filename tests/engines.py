@@ -67,8 +67,8 @@ RESET = {"do": "reset"}
 SETTLE = {"do": "settle"}
 """Until what was gathered is in the store."""
 
-KNOWN = {"do": "sleep", "seconds": 3.0}
-"""Until the engine's namespace is known to the store: what is computed before is not stored."""
+KNOWN = {"do": "known"}
+"""Until the store knows the engine's namespace: what is computed before is not stored."""
 
 
 def run_engine(
