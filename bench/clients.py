@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import statistics
 import tempfile
 import time
@@ -21,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bench.engine import REST, Answer, Engine, running
-from bench.memory import full
 from bench.peers import PEERS, Peer
 from bench.prompts import encode, prompt
 from bench.ttft import settle
@@ -39,8 +37,6 @@ TURNS = 3
 
 STARTS = 3
 """Of both engines, for the rounds of misses."""
-LEFT = 2 << 30
-"""Bytes of memory that ``--full`` leaves."""
 
 
 @dataclass
@@ -116,9 +112,7 @@ async def conversations(peer: Peer, model: Path, work: Path) -> Load:
     )
 
 
-async def misses(
-    peer: Peer, model: Path, work: Path, rounds: int, is_full: bool
-) -> tuple[float, dict[str, list[float]]]:
+async def misses(peer: Peer, model: Path, work: Path, rounds: int) -> tuple[float, dict[str, list[float]]]:
     """Measure the loss of throughput at no hits, as a share. Return it and the seconds of each round, by engine."""
     taken: dict[str, list[float]] = {"none": [], peer.name: []}
 
@@ -140,18 +134,17 @@ async def misses(
                 running(peer, store, model, log) as engine,
             ):
                 engines = {"none": bare, peer.name: engine}
-                for name in taken:
-                    await seconds(engines[name], -1)  # to warm up
-                with full(LEFT) if is_full else contextlib.nullcontext():
-                    for number in range(-(-rounds // STARTS)):
-                        for name in list(taken) if (number + begin) % 2 else reversed(taken):
-                            taken[name].append(await seconds(engines[name], number))
+                for number in range(-1, -(-rounds // STARTS)):
+                    for name in list(taken) if (number + begin) % 2 else reversed(taken):
+                        found = await seconds(engines[name], number)
+                        if number >= 0:  # the first round warms up
+                            taken[name].append(found)
     bare, own = (statistics.quantiles(each, n=4, method="inclusive")[0] for each in taken.values())
     return 1 - bare / own, taken
 
 
 async def compare(
-    names: list[str], model: Path, rounds: int, note: Callable[[str], None], is_full: bool = False
+    names: list[str], model: Path, rounds: int, note: Callable[[str], None]
 ) -> tuple[str, list[dict[str, object]]]:
     """Measure several peers. Return a Markdown table and the figures."""
     rows = [
@@ -163,7 +156,7 @@ async def compare(
         with tempfile.TemporaryDirectory(prefix="kvfs-bench-", ignore_cleanup_errors=True) as work:
             load = await conversations(PEERS[name], model, Path(work))
             note(f"{name}: {load}")
-            loss, taken = (0.0, {}) if name == "none" else await misses(PEERS[name], model, Path(work), rounds, is_full)
+            loss, taken = (0.0, {}) if name == "none" else await misses(PEERS[name], model, Path(work), rounds)
             note(f"{name}: loss {loss:.1%}, seconds of rounds {taken}")
         figures.append(vars(load) | {"loss": loss, "rounds": taken})
         rows.append(
@@ -178,10 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=PEERS, metavar="PEER")
     parser.add_argument("--rounds", type=int, default=12, help="rounds without hits, each on both engines")
-    parser.add_argument("--full", action="store_true", help="without free memory, for VMs that give it back")
     parser.add_argument("--model", type=Path, default=build.Models.at(build.cache_dir()).gemma)
     options = parser.parse_args()
-    print(asyncio.run(compare(options.peers, options.model, options.rounds, print, options.full))[0])
+    print(asyncio.run(compare(options.peers, options.model, options.rounds, print))[0])
 
 
 if __name__ == "__main__":

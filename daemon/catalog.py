@@ -204,30 +204,32 @@ class Catalog:
 
     def damaged(self, ns: bytes, key: bytes, part: PartId, reason: str) -> bool:
         """Somebody found a part damaged.  Check its files; True if one is, and has been moved to quarantine."""
-        found = self.verifier.recheck(ns, key, part)
-        damage = {coded: error for coded, error in found.items() if error is not None}
-        for coded, error in damage.items():
-            self.lost(ns, key, part, error, coded)
-        if damage or not found:
-            return bool(damage)
-        log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
-        return False
+        with self.index.turn(ns, key):  # a whole one may have come in the place of what was found
+            found = self.verifier.recheck(ns, key, part)
+            damage = {coded: error for coded, error in found.items() if error is not None}
+            for coded, error in damage.items():
+                self._put_away(ns, key, part, error, coded)
+        if found and not damage:
+            log.info("part %s.%s was reported as damaged (%s) and is whole", key.hex()[:12], part, reason)
+        return bool(damage)
 
-    def lost(
-        self, ns: bytes, key: bytes, part: PartId, error: ChunkNotFound | ChunkCorrupt, coded: bool = False
-    ) -> None:
+    def lost(self, ns: bytes, key: bytes, part: PartId, error: KvfsError, coded: bool = False) -> None:
         """What turned out to be missing or damaged, in one form, is no longer shown to anyone."""
+        if isinstance(error, ChunkCorrupt):
+            self.damaged(ns, key, part, error.reason)
+            return
         with self.index.turn(ns, key):
-            if isinstance(error, ChunkCorrupt):
-                if not self.config.read_only:
-                    purged = self.store.lost.purged
-                    self.verifier.quarantine(ns, key, part, error, coded)
-                    self.metrics.purged.inc(self.store.lost.purged - purged)
-                self.metrics.quarantined.labels(error.reason).inc()
-                log.warning("%s; it is in lost+found", error)
-            elif self.store.size(ns, key, part, coded) is not None:  # it has come meanwhile
-                return
-            self._vanished(ns, key, part, coded)
+            if self.store.size(ns, key, part, coded) is None:  # else it has come meanwhile
+                self._vanished(ns, key, part, coded)
+
+    def _put_away(self, ns: bytes, key: bytes, part: PartId, error: ChunkCorrupt, coded: bool) -> None:
+        if not self.config.read_only:
+            purged = self.store.lost.purged
+            self.verifier.quarantine(ns, key, part, error, coded)
+            self.metrics.purged.inc(self.store.lost.purged - purged)
+        self.metrics.quarantined.labels(error.reason).inc()
+        log.warning("%s; it is in lost+found", error)
+        self._vanished(ns, key, part, coded)
 
     def _vanished(self, ns: bytes, key: bytes, part: PartId, coded: bool) -> None:
         """A file is gone.  Without the raw one a part that is still there is another file to its readers."""

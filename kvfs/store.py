@@ -30,6 +30,7 @@ from kvfs.errors import (
     StoreReadOnly,
 )
 from kvfs.files import DIR_MODE, OPEN_DIR, OPEN_FILE, beneath, from_os_error, lock, make_dir, read_small, write_new
+from kvfs.folders import Folders
 from kvfs.identity import Manifest, PartId
 from kvfs.names import is_leaf, is_ns, leaf_name, parse_file_name, part_name, part_path
 from kvfs.network import is_network
@@ -41,6 +42,8 @@ __all__ = ["TEMPS", "TEMP_GRACE", "Found", "Store", "Temp"]
 
 MANIFEST = "manifest.json"
 FILE_MODE = 0o440
+TRIES = 5
+"""Times that a namespace is made for one who registers it, if it is retired each time."""
 
 
 class Found(NamedTuple):
@@ -61,8 +64,8 @@ class Store:
         self._root = root_fd
         self.lost = Quarantine(root_fd)
         self.trash: Trash | None = None
-        self._dirs: dict[bytes, int] = {}
-        self._retired: list[int] = []
+        self._folders = Folders(root_fd, path)
+        self._ns_dir = self._folders.get
         self._manifests: dict[bytes, Manifest] = {}
         self._lock_fd = -1
 
@@ -117,10 +120,10 @@ class Store:
         if self._lock_fd >= 0:
             with contextlib.suppress(OSError):  # an owner's name in a lock that is free tells of a crash
                 os.ftruncate(self._lock_fd, 0)
-        for fd in (*self._dirs.values(), *self._retired, self._root, self._lock_fd):
+        self._folders.close()
+        for fd in (self._root, self._lock_fd):
             if fd >= 0:
                 os.close(fd)
-        self._dirs, self._retired = {}, []
         self._root = self._lock_fd = -1
 
     def __enter__(self) -> Self:
@@ -198,15 +201,27 @@ class Store:
             with contextlib.suppress(NamespaceNotFound):
                 if self.manifest(ns) == manifest:
                     return ns
-            make_dir(manifest.ns_hex, self._root)
-            make_dir(TEMPS, self._ns_dir(ns))
-            text = json.dumps({"identity": manifest.to_json(), "info": dict(info or {})}, indent=1, sort_keys=True)
-            with beneath(self._ns_dir(ns), TEMPS) as folder:
-                write_new(self._ns_dir(ns), MANIFEST, text.encode(), folder)
+            for _ in range(TRIES):
+                if self._make(manifest, info or {}) and not self._drop_stale(ns):  # else retired meanwhile
+                    return ns
         except OSError as e:
             raise from_os_error(e, self.path / manifest.ns_hex[:12]) from e
-        self._manifests[ns] = manifest
-        return ns
+        raise NamespaceNotFound(ns.hex()[:12])
+
+    def _make(self, manifest: Manifest, info: Mapping[str, Any]) -> bool:
+        """Make a namespace or what it lacks; False if it is taken away meanwhile."""
+        make_dir(manifest.ns_hex, self._root)
+        text = json.dumps({"identity": manifest.to_json(), "info": dict(info)}, indent=1, sort_keys=True)
+        try:
+            ns_dir = self._ns_dir(manifest.ns)
+            make_dir(TEMPS, ns_dir)
+            with beneath(ns_dir, TEMPS) as folder:
+                write_new(ns_dir, MANIFEST, text.encode(), folder)
+        except (NamespaceNotFound, FileNotFoundError):
+            self._forget(manifest.ns)
+            return False
+        self._manifests[manifest.ns] = manifest
+        return True
 
     def retire(self, ns: bytes) -> None:
         """Remove a namespace with all its chunks: it is gone at once, and its bytes before this returns, unless they go
@@ -225,32 +240,16 @@ class Store:
         self._forget(ns)
         shutil.rmtree(self.path / trash, ignore_errors=True)
 
-    def _ns_dir(self, ns: bytes) -> int:
-        fd = self._dirs.get(ns)
-        if fd is None:
-            try:
-                fd = os.open(ns.hex(), OPEN_DIR, dir_fd=self._root)
-            except (FileNotFoundError, NotADirectoryError):
-                raise NamespaceNotFound(ns.hex()[:12]) from None
-            except OSError as e:
-                raise from_os_error(e, self.path / ns.hex()) from e
-            fd = self._dirs.setdefault(ns, fd)
-        return fd
-
-    def _drop_stale(self, ns: bytes) -> None:
-        """Forget a namespace that another process has retired, before it is listed or anything is written to it."""
-        if (fd := self._dirs.get(ns)) is not None:
-            with contextlib.suppress(FileNotFoundError):
-                there = os.stat(ns.hex(), dir_fd=self._root, follow_symlinks=False)
-                if os.path.samestat(there, os.fstat(fd)):
-                    return
+    def _drop_stale(self, ns: bytes) -> bool:
+        """Forget a namespace that somebody has retired, before it is listed or anything is written to it; whether it
+        was."""
+        if stale := self._folders.is_stale(ns):
             self._forget(ns)
+        return stale
 
     def _forget(self, ns: bytes) -> None:
-        """Drop what is remembered of a namespace; other threads may still be using its descriptor."""
         self._manifests.pop(ns, None)
-        if (fd := self._dirs.pop(ns, None)) is not None:
-            self._retired.append(fd)
+        self._folders.forget(ns)
 
     # --- parts ---
 

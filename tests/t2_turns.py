@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
+import kvfs.folders
+import kvfs.store
 from kvfs import chunk
 from kvfs.daemon.catalog import Catalog
-from kvfs.errors import ChunkNotFound
+from kvfs.errors import ChunkCorrupt, ChunkNotFound
 from kvfs.store import Store
-from tests.daemons import catalog_of, file_of
+from tests.conftest import Logs
+from tests.daemons import catalog_of, damage, file_of
 from tests.samples import MANIFEST, new_key, new_store, payload, put
 
 NS, PARTS = MANIFEST.ns, MANIFEST.parts
@@ -144,6 +147,22 @@ def test_a_chunk_that_comes_back_while_a_reader_misses_it_is_there(catalog: Cata
     assert catalog.lookup(NS, [key]) == [MANIFEST.bit(PART)]
 
 
+def test_a_chunk_that_takes_the_place_of_a_damaged_one_is_left_alone(catalog: Catalog, cut: Cut, logs: Logs) -> None:
+    publish(catalog, key := new_key())
+    damage(file_of(catalog.store.path, key, PART), at=5000)
+
+    def replace() -> None:
+        assert catalog.damaged(NS, key, PART, "checksum")
+        publish(catalog, key)
+
+    cut(catalog.reader, "_on_lost", replace, before=True)
+    with pytest.raises(ChunkCorrupt):
+        catalog.open_part(NS, key, PART)
+    cut.done()
+    assert catalog.lookup(NS, [key]) == [MANIFEST.bit(PART)]
+    logs.claim("is damaged")
+
+
 def test_a_chunk_removed_before_its_publisher_says_so_is_gone(catalog: Catalog, cut: Cut) -> None:
     key = new_key()
     cut(catalog.admission, "admit", lambda: remove(catalog, key))
@@ -183,3 +202,31 @@ def test_a_namespace_that_is_retired_while_it_is_evicted_from_ends_no_round(
     catalog.evict(None, 1 << 30)
     cut.done()
     assert catalog.index.totals() == (0, 0)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_namespace_that_is_retired_while_it_is_registered_is_made_again(
+    catalog: Catalog, cut: Cut, before: bool
+) -> None:
+    other = dataclasses.replace(MANIFEST, weights="ef" * 32)
+
+    def retire() -> None:
+        with Store.open(catalog.store.path) as store:
+            store.retire(other.ns)
+
+    cut(kvfs.store, "write_new", retire, before)
+    catalog.register(other)
+    cut.done()
+    with Store.open(catalog.store.path) as store:
+        assert store.manifest(other.ns) == other
+        put(store, new_key(), manifest=other)
+
+
+def test_retiring_leaves_no_descriptor_open_for_ever(catalog: Catalog, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvfs.folders, "IN_USE", 0.0)
+    publish(catalog, new_key())
+    held = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        retire(catalog, b"")
+        publish(catalog, new_key())
+    assert len(os.listdir("/proc/self/fd")) <= held + 1
