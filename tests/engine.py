@@ -1,24 +1,30 @@
-"""Runs one vLLM engine through a list of operations, in a process of its own. Not a test: t6 tests start it.
+"""Runs vLLM engines through lists of operations, each in a process of its own. Not a test: t6 tests start it.
 
-    python -m tests.engine JOB.json OUT.jsonl
+``python -m tests.engine`` imports vLLM, which takes longer than to start a small engine; then it forks for each line of
+its standard input, ``{"job", "out", "log", "environment", "seconds"}``, and answers with the status of the fork's end.
 
-JOB is ``{"model": folder, "llm": {LLM keywords}, "connector": {kv_transfer_config} or null, "ops": [...]}``; each op is
-``{"do": name, ...}`` (see the functions below), and each writes one line to OUT as it ends. The engine's processes are
-ended by their ids and this one by ``os._exit``: vLLM's own way out walks /proc, which a stuck mount can block.
+The file JOB is ``{"model": folder, "llm": {LLM keywords}, "connector": {kv_transfer_config} or null, "ops": [...]}``;
+each op is ``{"do": name, ...}`` (see the functions below), and each writes one line to OUT as it ends. The engine's
+processes are ended by their ids and the fork by ``os._exit``: vLLM's own way out walks /proc, which a stuck mount can
+block.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 Result = dict[str, Any]
 
@@ -186,8 +192,40 @@ DO = {
 
 
 def main() -> None:
-    """Start the engine, run the operations, leave."""
-    job = json.loads(Path(sys.argv[1]).read_text())
+    """Fork for each order, until there are no more."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # vLLM prints
+    import vllm.entrypoints.llm
+    import vllm.v1.engine.core
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    for line in sys.stdin:
+        if not (pid := os.fork()):
+            obey(**json.loads(line))
+        answers.write(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n")
+        answers.flush()
+
+
+def obey(job: str, out: str, log: str, environment: dict[str, str], seconds: int) -> None:
+    """Be the process of one engine, which ends after so many seconds at the latest."""
+    code = 1
+    try:
+        signal.alarm(seconds)
+        os.environ.update(environment)
+        tempfile.tempdir = None  # read again
+        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        for fd, place in (os.open(os.devnull, os.O_RDONLY), 0), (sink, 1), (sink, 2):
+            os.dup2(fd, place)
+        run(json.loads(Path(job).read_text()), Path(out))
+        code = 0
+    except Exception:
+        log.exception("the engine failed")
+    finally:
+        os._exit(code)
+
+
+def run(job: dict[str, Any], out: Path) -> None:
+    """Start the engine, run the operations, end it."""
     from vllm import LLM
 
     began = time.perf_counter()
@@ -201,11 +239,11 @@ def main() -> None:
         "skip_tokenizer_init": True,  # prompts are token ids; Gemma's takes fifteen seconds
     } | job.get("llm", {})
     llm = LLM(model=job["model"], kv_transfer_config=job.get("connector"), **keywords)
-    with Path(sys.argv[2]).open("a") as out:
+    with out.open("a") as file:
 
         def tell(result: Result) -> None:
-            out.write(json.dumps(result) + "\n")
-            out.flush()
+            file.write(json.dumps(result) + "\n")
+            file.flush()
 
         tell({"ready": time.perf_counter() - began})
         for op in job["ops"]:
@@ -216,7 +254,6 @@ def main() -> None:
         child.join(10)
         if child.is_alive():
             child.kill()
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from kvfs.store import Store
+from tests.conftest import RUN_MARK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 LIMIT = 400
 """Seconds that an engine may take for everything."""
+PREPARED: list[subprocess.Popen[str]] = []
+"""Processes that have imported vLLM and run no engine now."""
 
 
 @dataclass
@@ -71,6 +75,24 @@ KNOWN = {"do": "known"}
 """Until the store knows the engine's namespace: what is computed before is not stored."""
 
 
+def prepare() -> subprocess.Popen[str]:
+    """Start a process that engines can be forked from. It outlives the test, and so it does not carry the run's mark;
+    what it runs does."""
+    fixed = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {name: value for name, value in os.environ.items() if name != RUN_MARK}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.engine"],
+        cwd=ROOT,
+        env=environment | fixed,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    atexit.register(process.communicate, timeout=LIMIT)
+    return process
+
+
 def run_engine(
     folder: Path,
     name: str,
@@ -88,24 +110,21 @@ def run_engine(
     job, out, log = (folder / f"{name}.{end}" for end in ("json", "out", "log"))
     ops = [op | ({"folder": str(folder / "store")} if op == SETTLE else {}) for op in ops]
     job.write_text(json.dumps({"model": str(model), "llm": llm, "ops": [KNOWN, *ops], "connector": connector}))
-    environment = (
-        os.environ
-        | {
-            "HF_HUB_OFFLINE": "1",
-            "VLLM_CPU_KVCACHE_SPACE": "1",
-            "VLLM_CPU_OMP_THREADS_BIND": "0|1" if llm.get("tensor_parallel_size", 1) == 2 else "0-1",
-            "VLLM_NO_USAGE_STATS": "1",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)),
-            "PYTHONPATH": str(ROOT),
-            "TMPDIR": str(folder),  # vLLM leaves its sockets behind
-            "KVFS_PROBE": str(folder / f"{name}.events"),
-            "KVFS_PROBE_STORE": str(folder / "store"),
-        }
-        | (env or {})
-    )
-    with log.open("w") as sink:
-        command = ["timeout", "-k", "5", str(LIMIT), sys.executable, "-m", "tests.engine", str(job), str(out)]
-        code = subprocess.run(command, cwd=ROOT, env=environment, stdout=sink, stderr=sink, check=False).returncode
+    environment = {
+        RUN_MARK: os.environ[RUN_MARK],
+        "VLLM_CPU_OMP_THREADS_BIND": "0|1" if llm.get("tensor_parallel_size", 1) == 2 else "0-1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)),
+        "TMPDIR": str(folder),  # vLLM leaves its sockets behind
+        "KVFS_PROBE": str(folder / f"{name}.events"),
+        "KVFS_PROBE_STORE": str(folder / "store"),
+    } | (env or {})
+    process = PREPARED.pop() if PREPARED else prepare()
+    order = {"job": str(job), "out": str(out), "log": str(log), "environment": environment, "seconds": LIMIT}
+    print(json.dumps(order), file=process.stdin, flush=True)
+    if not (status := process.stdout.readline()):
+        pytest.fail("nothing runs engines: see what `python -m tests.engine` says", pytrace=False)
+    PREPARED.append(process)
+    code = int(status)
     results = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     if code or len(results) != len(ops) + 2:
         pytest.fail(f"engine {name}: {code} after {len(results)} results:\n{log.read_text()[-4000:]}", pytrace=False)
