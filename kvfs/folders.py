@@ -64,3 +64,4 @@ class Folders:
             os.close(fd)
         self._open.clear()
         self._forgotten.clear()
+        self._root = -1  # its owner closes it, and another file may get its number

@@ -1,7 +1,7 @@
 """Runs vLLM engines through lists of operations, each in a process of its own. Not a test: t6 tests start it.
 
 ``python -m tests.engine`` imports vLLM, which takes longer than to start a small engine; then it forks for each line of
-its standard input, ``{"job", "out", "log", "environment", "seconds"}``, and answers with the status of the fork's end.
+its standard input, ``{"job", "out", "output", "environment", "seconds"}``, and answers with the status of the fork.
 
 The file JOB is ``{"model": folder, "llm": {LLM keywords}, "connector": {kv_transfer_config} or null, "ops": [...]}``;
 each op is ``{"do": name, ...}`` (see the functions below), and each writes one line to OUT as it ends. The engine's
@@ -119,7 +119,9 @@ def known(llm: Any, op: dict[str, Any]) -> Result:
         time.sleep(3)
         return {}
     deadline = time.monotonic() + 10
-    while connector._scheduler._namespaces.get(None) is None and time.monotonic() < deadline:
+    while connector._scheduler._namespaces.get(None) is None:
+        if time.monotonic() > deadline:
+            raise TimeoutError("the store does not know the engine's namespace")
         time.sleep(0.02)
     return {}
 
@@ -206,14 +208,14 @@ def main() -> None:
         answers.flush()
 
 
-def obey(job: str, out: str, log: str, environment: dict[str, str], seconds: int) -> None:
+def obey(job: str, out: str, output: str, environment: dict[str, str], seconds: int) -> None:
     """Be the process of one engine, which ends after so many seconds at the latest."""
     code = 1
     try:
         signal.alarm(seconds)
         os.environ.update(environment)
         tempfile.tempdir = None  # read again
-        sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        sink = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         for fd, place in (os.open(os.devnull, os.O_RDONLY), 0), (sink, 1), (sink, 2):
             os.dup2(fd, place)
         run(json.loads(Path(job).read_text()), Path(out))

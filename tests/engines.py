@@ -119,7 +119,7 @@ def run_engine(
         "KVFS_PROBE_STORE": str(folder / "store"),
     } | (env or {})
     process = PREPARED.pop() if PREPARED else prepare()
-    order = {"job": str(job), "out": str(out), "log": str(log), "environment": environment, "seconds": LIMIT}
+    order = {"job": str(job), "out": str(out), "output": str(log), "environment": environment, "seconds": LIMIT}
     print(json.dumps(order), file=process.stdin, flush=True)
     if not (status := process.stdout.readline()):
         pytest.fail("nothing runs engines: see what `python -m tests.engine` says", pytrace=False)
